@@ -1,0 +1,29 @@
+"""The error tree: everything a user can mend is a QwenError, shown in one line with exit code 2 (or a 4xx)."""
+
+
+class QwenError(Exception):
+    """Base of all errors meant for the user; the message says what, where and how to mend it."""
+
+
+class ConfigError(QwenError, ValueError):
+    """A config.json, YAML file or setting is missing, malformed, or of another model."""
+
+
+class CheckpointError(QwenError, ValueError):
+    """A weights file is missing, damaged, incomplete, or does not fit the config."""
+
+
+class VocabularyError(QwenError, ValueError):
+    """The vocabulary file is missing or corrupt."""
+
+
+class PromptError(QwenError, ValueError):
+    """A prompt is empty, too long, or holds ids or control tokens it may not hold."""
+
+
+class RequestError(QwenError, ValueError):
+    """A request or a sampling value is invalid."""
+
+
+class KernelError(QwenError, RuntimeError):
+    """A device backend is not available here, or a kernel could not be built."""

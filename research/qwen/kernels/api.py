@@ -1,0 +1,127 @@
+"""The device seam: what a backend must offer. Imports no MindSpore.
+
+A backend is a factory of MindSpore cells. The graph is compiled from ``construct``, so the choice is made when the
+model is built, ``QwenModel(config, kernels)``, and nothing above this folder mentions a device.
+All activations are flattened tokens: T tokens of any number of sequences in one row dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from research.qwen.config import QwenConfig
+from research.qwen.errors import KernelError
+
+if TYPE_CHECKING:
+    from mindspore import Tensor, nn
+
+BACKENDS = ("cpu", "reference", "ascend")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Size of the paged KV cache of every layer: (num_blocks, block_size, heads, head_dim), keys and values."""
+
+    num_blocks: int
+    block_size: int = 16
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the cache can hold over all sequences."""
+        return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One forward pass as the scheduler sees it: B runs of consecutive tokens, T tokens in all (host side)."""
+
+    starts: Sequence[int]  # (B,) position of the first token of each run = tokens already cached
+    q_lens: Sequence[int]  # (B,) tokens of each run, each at least 1
+    alphas: Sequence[float]  # (B,) NTK factor of the sequence, frozen at its prefill
+    block_tables: Sequence[Sequence[int]]  # (B, ragged) blocks that hold positions 0 .. start + q_len - 1
+
+    def positions(self) -> NDArray[np.int32]:
+        """(T,) position of every token in its sequence."""
+        runs = [np.arange(s, s + n, dtype=np.int32) for s, n in zip(self.starts, self.q_lens, strict=True)]
+        return np.concatenate(runs)
+
+    def kv_lens(self) -> NDArray[np.int32]:
+        """(B,) tokens in the cache after this pass."""
+        return np.asarray(self.starts, np.int32) + np.asarray(self.q_lens, np.int32)
+
+    def slot_mapping(self, block_size: int) -> NDArray[np.int32]:
+        """(T,) cache slot (block * block_size + offset) each token's key and value are written to."""
+        slots = []
+        for start, length, table in zip(self.starts, self.q_lens, self.block_tables, strict=True):
+            position = np.arange(start, start + length)
+            slots.append(np.asarray(table, np.int32)[position // block_size] * block_size + position % block_size)
+        return np.concatenate(slots).astype(np.int32)
+
+    def padded_tables(self, block_size: int) -> NDArray[np.int32]:
+        """(B, widest) block tables cut to the blocks in use and filled up with 0."""
+        used = -(-self.kv_lens() // block_size)
+        tables = np.zeros((len(used), int(used.max())), np.int32)
+        for row, (count, table) in enumerate(zip(used, self.block_tables, strict=True)):
+            tables[row, :count] = table[:count]
+        return tables
+
+
+class Kernels(Protocol):
+    """A backend. Cells take and return (T, width) tensors of ``activation_dtype``.
+
+    ``fmt`` names how a weight matrix is stored: float32, bfloat16 or float16 (more formats are a backend's own).
+    Parameters of the cells: linear ``weight`` (n_out, n_in) and ``bias`` (n_out,); rms_norm ``weight`` (dim,);
+    embedding ``weight`` (rows, dim).
+    """
+
+    name: str
+    activation_dtype: str
+
+    def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> nn.Cell:
+        """Cell x (T, n_in) -> x W^T + b (T, n_out)."""
+
+    def embedding(self, rows: int, dim: int, fmt: str) -> nn.Cell:
+        """Cell ids (T,) int32 -> (T, dim)."""
+
+    def rms_norm(self, dim: int, eps: float) -> nn.Cell:
+        """Cell x -> x * rsqrt(mean(x^2) + eps) * weight, statistics in float32."""
+
+    def swiglu(self) -> nn.Cell:
+        """Cell (a, b) -> a * silu(b)."""
+
+    def attention(self, config: QwenConfig, cache: CacheSpec) -> nn.Cell:
+        """Cell (qkv (T, 3 * hidden), step tuple) -> (T, hidden).
+
+        Rotates queries and keys, scales queries by log-n, writes keys and values into its own paged cache and
+        attends causally over each sequence's blocks.
+        """
+
+    def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+        """Host side: the small tuple of tensors that the model hands through to every attention cell."""
+
+    def step_signature(self, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+        """The same tuple with dynamic shapes (None), for ``Cell.set_inputs``."""
+
+    def graph_key(self, view: StepView) -> str:
+        """Which compiled graph serves this view; backends with one graph always answer ``step``."""
+
+    def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
+        """The tensor a parameter of format ``fmt`` is set to, sharing the array's memory where that is possible."""
+
+
+def load_kernels(name: str, **options: Any) -> Kernels:
+    """Build the backend ``cpu``, ``reference`` or ``ascend``.
+
+    Raises KernelError with the reason if it is unknown or cannot work here; there is no silent fallback.
+    """
+    if name not in BACKENDS:
+        raise KernelError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    module = importlib.import_module(f"research.qwen.kernels.{name}")
+    kernels: Kernels = module.build(**options)
+    return kernels
