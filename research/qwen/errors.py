@@ -27,3 +27,7 @@ class RequestError(QwenError, ValueError):
 
 class KernelError(QwenError, RuntimeError):
     """A device backend is not available here, or a kernel could not be built."""
+
+
+class LogitsError(QwenError, ArithmeticError):
+    """A row of logits from which no token can be chosen: NaN, +inf, or every token banned."""
