@@ -1,0 +1,132 @@
+"""From a path to a running model: which config, which checkpoint, which backend, how large a cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research.qwen.config import QwenConfig, read_json
+from research.qwen.errors import CheckpointError, ConfigError, KernelError
+from research.qwen.kernels.api import BACKENDS, CacheSpec, load_kernels
+from research.qwen.model.runtime import Runtime
+from research.qwen.settings import RunSettings, load_settings
+from research.qwen.weights.names import check
+from research.qwen.weights.readers import open_checkpoint
+
+DEVICES = ("cpu", "ascend", "auto")
+MEMORY_SHARE = 0.4  # of the free memory, for a KV cache whose size nobody gave
+REFERENCE_TOKENS = 4096  # plain operators copy the whole cache at every step: keep it small
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded model and what its folder says about generation."""
+
+    runtime: Runtime
+    folder: Path
+    generation: dict[str, Any]
+    eos_ids: tuple[int, ...] | None
+    vocab_file: Path | None
+
+
+def open_model(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    backend: str | None = None,
+    config: str | Path | None = None,
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    threads: int | None = None,
+) -> Opened:
+    """Load a Hugging Face folder, a converted folder, or a .ckpt / .safetensors file with its YAML beside it."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    name = resolve_backend(device, backend)
+    settings = find_settings(path, config)
+    folder = path if path.is_dir() else path.parent
+    shape = settings.model if settings is not None else QwenConfig.from_folder(folder)
+    checkpoint = open_checkpoint(path)
+    check(checkpoint, shape)
+    kernels = load_kernels(name, **backend_options(name, dtype, threads))
+    cache = cache_spec(shape, name, num_blocks, block_size)
+    runtime = Runtime.load(shape, checkpoint, kernels, cache)
+    generation = generation_defaults(folder, settings)
+    eos = settings.eos_ids if settings is not None else None
+    return Opened(runtime, folder, generation, eos, settings.vocab_file if settings is not None else None)
+
+
+def resolve_backend(device: str, backend: str | None) -> str:
+    """The backend of a device; KernelError for an unknown name or an unfit pair."""
+    if device not in DEVICES:
+        raise KernelError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    if backend is not None and backend not in BACKENDS:
+        raise KernelError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if device == "auto":
+        from research.qwen.kernels.devices import device_available
+
+        device = "ascend" if device_available() else "cpu"
+    return backend or device
+
+
+def backend_options(name: str, dtype: str, threads: int | None) -> dict[str, Any]:
+    """Keyword arguments of a backend's build(); KernelError for a computation dtype it does not have."""
+    if name == "ascend":
+        if dtype not in ("float16", "bfloat16"):
+            raise KernelError(f"backend ascend computes in float16 (910A) or bfloat16 (910B), not {dtype!r}")
+        return {"dtype": dtype}
+    if dtype != "float32":
+        raise KernelError(f"backend {name} computes in float32, not {dtype!r}; stored bf16 / fp16 weights stay as stored")
+    return {"threads": threads} if name == "cpu" else {}
+
+
+def find_settings(path: Path, config: str | Path | None) -> RunSettings | None:
+    """The YAML that describes a checkpoint: the one given, or the one named like a weights file, or none."""
+    if config is not None:
+        return load_settings(config)
+    if path.is_file():
+        beside = path.with_suffix(".yaml")
+        if beside.exists():
+            return load_settings(beside)
+        if not (path.parent / "config.json").exists():
+            raise ConfigError(f"{path}: neither {beside.name} nor config.json beside it says which model this is")
+    return None
+
+
+def generation_defaults(folder: Path, settings: RunSettings | None) -> dict[str, Any]:
+    """generation_config.json of the folder, overlaid by the YAML's generation values."""
+    file = folder / "generation_config.json"
+    values: dict[str, Any] = read_json(file) if file.exists() else {}
+    if settings is not None:
+        values.update(settings.generation_values())
+    return values
+
+
+def cache_spec(config: QwenConfig, backend: str, num_blocks: int | None, block_size: int) -> CacheSpec:
+    """The cache asked for, or one that holds the longest context as far as free memory allows.
+
+    Pages are touched only when used, so a large cache costs nothing until long texts run.
+    """
+    if block_size < 1 or (num_blocks is not None and num_blocks < 1):
+        raise ConfigError(f"block_size {block_size} and num_blocks {num_blocks} must be positive")
+    if num_blocks is not None:
+        return CacheSpec(num_blocks, block_size)
+    per_token = 2 * config.num_layers * config.hidden_size * 4
+    tokens = max(2 * config.max_length, 4096)
+    tokens = min(tokens, max(int(_free_memory() * MEMORY_SHARE) // per_token, 1024))
+    if backend == "reference":
+        tokens = min(tokens, REFERENCE_TOKENS)
+    return CacheSpec(max(tokens // block_size, 1), block_size)
+
+
+def _free_memory() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 8 << 30
