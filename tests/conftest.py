@@ -1,0 +1,44 @@
+"""Shared set-up: a quiet MindSpore, no settings leaking in from the shell, and the folders tests read."""
+
+import os
+
+# MindSpore reads these when it is first imported, so they are set before any test module can do that.
+os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("MS_ALLOC_CONF", "")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_qwen_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QWEN_* variable of the developer's shell (QWEN_TIKTOKEN, ...) must not decide a test."""
+    for name in [name for name in os.environ if name.startswith("QWEN_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def published_vocab() -> Path:
+    """The published qwen.tiktoken out of the dashscope package, which is found without being imported."""
+    spec = importlib.util.find_spec("dashscope")
+    assert spec is not None and spec.origin is not None, "install the test extra: pip install -e '.[test]'"
+    path = Path(spec.origin).parent / "resources" / "qwen.tiktoken"
+    assert path.is_file(), f"{path} is missing from the dashscope package"
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout: configs/, scripts/ and the doors are opened by path from here."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The embedded demo model in the published Hugging Face layout."""
+    return ROOT / "research" / "qwen" / "demo" / "model"
