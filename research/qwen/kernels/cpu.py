@@ -1,0 +1,251 @@
+"""The cpu backend: C++ kernels (csrc/) inside a GRAPH_MODE graph with dynamic shapes, through ops.Custom aot.
+
+Weights stay in the storage of the checkpoint (float32, bfloat16 as its bits in uint16, float16), may lie in a mapped
+file at any alignment, and are widened exactly in registers; activations and sums are float32. A row of a batch equals
+the same row computed alone, bit for bit, whatever the number of rows, threads or prefill chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops import CustomRegOp, DataType
+from numpy.typing import NDArray
+
+from research.qwen.config import QwenConfig
+from research.qwen.errors import KernelError
+from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.kernels.build import library_path
+from research.qwen.rope import logn_factors, rotary_tables
+
+_F32, _I32 = DataType.F32_Default, DataType.I32_Default
+# format -> suffix of the kernels' names, NumPy type of the parameter, MindSpore's registration type
+_FORMATS: dict[str, tuple[str, type[np.generic], Any]] = {
+    "float32": ("F32", np.float32, DataType.F32_Default),
+    "bfloat16": ("BF16", np.uint16, DataType.U16_Default),
+    "float16": ("F16", np.float16, DataType.F16_Default),
+}
+
+
+class Linear(nn.Cell):  # type: ignore[misc]
+    """x (T, n_in) -> x W^T + b (T, n_out); ``weight`` (n_out, n_in) is a placeholder until it is loaded."""
+
+    def __init__(self, library: Path, bias: bool, fmt: str) -> None:
+        super().__init__()
+        suffix, dtype, kind = _format(fmt)
+        self.weight = _placeholder("weight", (1, 1), dtype)
+        self.has_bias = bias
+        if bias:
+            self.bias = _placeholder("bias", (1,), np.float32)
+        self.kernel = _kernel(library, f"QwenLinear{suffix}", _F32, kind, *([_F32] if bias else []))
+
+    def construct(self, x: Tensor) -> Tensor:
+        """(T, n_in) float32 -> (T, n_out) float32."""
+        if self.has_bias:
+            return self.kernel(x, self.weight, self.bias)
+        return self.kernel(x, self.weight)
+
+
+class Embedding(nn.Cell):  # type: ignore[misc]
+    """ids (T,) int32 -> (T, dim) float32; ``weight`` (rows, dim) is a placeholder until it is loaded."""
+
+    def __init__(self, library: Path, fmt: str) -> None:
+        super().__init__()
+        suffix, dtype, kind = _format(fmt)
+        self.weight = _placeholder("weight", (1, 1), dtype)
+        self.kernel = _kernel(library, f"QwenEmbedding{suffix}", _I32, kind)
+
+    def construct(self, ids: Tensor) -> Tensor:
+        """(T,) int32 -> (T, dim) float32; every id must be below the number of rows."""
+        return self.kernel(ids, self.weight)
+
+
+class RmsNorm(nn.Cell):  # type: ignore[misc]
+    """x -> x * rsqrt(mean(x^2) + eps) * weight, sums in float32 runs joined in double."""
+
+    def __init__(self, library: Path, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(np.ones(dim, np.float32)), name="weight", requires_grad=False)
+        self.eps = Tensor(np.array([eps], np.float32))
+        self.kernel = _kernel(library, "QwenRmsNorm", _F32, _F32, _F32)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """(T, dim) float32 -> (T, dim) float32."""
+        return self.kernel(x, self.weight, self.eps)
+
+
+class SwiGlu(nn.Cell):  # type: ignore[misc]
+    """(a, b) -> a * silu(b)."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__()
+        self.kernel = _kernel(library, "QwenSwiGlu", _F32, _F32)
+
+    def construct(self, a: Tensor, b: Tensor) -> Tensor:
+        """Two (T, width) float32 -> (T, width) float32."""
+        return self.kernel(a, b)
+
+
+class Attention(nn.Cell):  # type: ignore[misc]
+    """Rotary, log-n, paged KV cache and causal attention in one kernel; owns its cache.
+
+    ``key_cache`` and ``value_cache`` are buffers that are not saved; they are no parameters, and memory is
+    committed by the system only as blocks are first written.
+    """
+
+    def __init__(self, library: Path, config: QwenConfig, cache: CacheSpec) -> None:
+        super().__init__()
+        shape = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
+        self.register_buffer("key_cache", Tensor.from_numpy(np.zeros(shape, np.float32)), persistent=False)
+        self.register_buffer("value_cache", Tensor.from_numpy(np.zeros(shape, np.float32)), persistent=False)
+        types = (_F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32, _F32)
+        self.kernel = _kernel(library, "QwenAttention", *types)
+
+    def construct(self, qkv: Tensor, step: tuple[Tensor, ...]) -> Tensor:
+        """qkv (T, 3 * hidden) float32 and the tuple of ``make_step`` -> (T, hidden) float32."""
+        cos, sin, logn, slots, tables, q_lens, kv_lens = step
+        return self.kernel(
+            qkv, cos, sin, logn, slots, tables, q_lens, kv_lens, self.key_cache, self.value_cache
+        )
+
+
+class CpuKernels:
+    """Factory of the cells above; see ``kernels.api.Kernels``. Not differentiable: training uses ``reference``."""
+
+    name = "cpu"
+    activation_dtype = "float32"
+
+    def __init__(self, library: Path, threads: int) -> None:
+        self._library = library
+        native = ctypes.CDLL(str(library))
+        native.QwenIsa.restype = ctypes.c_char_p
+        self.isa = native.QwenIsa().decode()
+        if not self.isa:
+            raise KernelError(
+                f"QWEN_ISA={os.environ.get('QWEN_ISA')} is not supported by this processor; "
+                "choose avx512, avx2 or base, or leave it unset"
+            )
+        self.threads = threads
+        native.QwenSetThreads(threads)
+
+    def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> Linear:
+        """Cell x (T, n_in) -> (T, n_out); KernelError if the format is unknown."""
+        return Linear(self._library, bias, fmt)
+
+    def embedding(self, rows: int, dim: int, fmt: str) -> Embedding:
+        """Cell ids (T,) int32 -> (T, dim) float32; KernelError if the format is unknown."""
+        return Embedding(self._library, fmt)
+
+    def rms_norm(self, dim: int, eps: float) -> RmsNorm:
+        """Cell (T, dim) -> (T, dim)."""
+        return RmsNorm(self._library, dim, eps)
+
+    def swiglu(self) -> SwiGlu:
+        """Cell (a, b) -> a * silu(b)."""
+        return SwiGlu(self._library)
+
+    def attention(self, config: QwenConfig, cache: CacheSpec) -> Attention:
+        """Cell (qkv, step) -> (T, hidden) with a cache of its own."""
+        return Attention(self._library, config, cache)
+
+    def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+        """(cos, sin, log-n, slots, block tables, q lengths, kv lengths); KernelError for a block outside the cache."""
+        check_view(view, cache)
+        cos, sin = rotary_tables(view.starts, view.q_lens, view.alphas, config)
+        arrays = (
+            cos,
+            sin,
+            logn_factors(view.positions(), config),
+            view.slot_mapping(cache.block_size),
+            view.padded_tables(cache.block_size),
+            np.asarray(view.q_lens, np.int32),
+            view.kv_lens(),
+        )
+        return tuple(Tensor.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+
+    def step_signature(self, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+        """The tuple of make_step with dynamic T, B and table width."""
+        half = config.head_dim // 2
+        shapes = ([None, half], [None, half], [None], [None], [None, None], [None], [None])
+        types = (ms.float32,) * 3 + (ms.int32,) * 4
+        return tuple(Tensor(shape=s, dtype=t) for s, t in zip(shapes, types, strict=True))
+
+    def graph_key(self, view: StepView) -> str:
+        """One graph serves every view."""
+        return "step"
+
+    def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
+        """A tensor on the array's own memory (also read-only and mapped); bfloat16 is given and kept as uint16 bits.
+
+        Raises KernelError if the array's type is not the one of ``fmt``.
+        """
+        _, dtype, _ = _format(fmt)
+        if array.dtype != dtype:
+            raise KernelError(f"a {fmt} parameter needs an array of {np.dtype(dtype)}, got {array.dtype}")
+        return Tensor.from_numpy(np.ascontiguousarray(array))
+
+
+def build(threads: int | None = None) -> CpuKernels:
+    """Compile (once) and load the kernels.
+
+    ``threads``: default the environment variable QWEN_THREADS, else the physical cores this process may use.
+    Raises KernelError without a compiler or for an invalid number of threads.
+    """
+    count = default_threads() if threads is None else threads
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise KernelError(f"threads must be an integer of 1 to 1024, got {threads!r}")
+    return CpuKernels(library_path(), count)
+
+
+def default_threads() -> int:
+    """QWEN_THREADS, else physical cores among those this process may run on; KernelError if it is no number."""
+    text = os.environ.get("QWEN_THREADS")
+    if text:
+        if not text.isdigit() or not 1 <= int(text) <= 1024:
+            raise KernelError(f"QWEN_THREADS must be an integer of 1 to 1024, got {text!r}")
+        return int(text)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(cpu)
+        cores.add(siblings)
+    return len(cores)
+
+
+def check_view(view: StepView, cache: CacheSpec) -> None:
+    """Refuse a view that would read or write outside the cache (the kernels trust their indices)."""
+    if not view.q_lens or min(view.q_lens) < 1 or min(view.starts) < 0:
+        raise KernelError(f"a step needs runs of at least one token at positions >= 0, got {view.q_lens}")
+    for length, table in zip(view.kv_lens(), view.block_tables, strict=True):
+        used = table[: -(-int(length) // cache.block_size)]
+        if len(used) * cache.block_size < length:
+            raise KernelError(f"{length} tokens need more than {len(table)} blocks of {cache.block_size}")
+        if min(used) < 0 or max(used) >= cache.num_blocks:
+            raise KernelError(f"block ids must lie in 0..{cache.num_blocks - 1}, got {min(used)}..{max(used)}")
+
+
+def _format(fmt: str) -> tuple[str, type[np.generic], Any]:
+    if fmt not in _FORMATS:
+        raise KernelError(f"the cpu backend stores weights as {', '.join(_FORMATS)}, not {fmt!r}")
+    return _FORMATS[fmt]
+
+
+def _placeholder(name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> Parameter:
+    # One element only: Parameter(tensor) copies, so the real array comes by set_data(tensor, slice_shape=True).
+    return Parameter(Tensor.from_numpy(np.zeros(shape, dtype)), name=name, requires_grad=False)
+
+
+def _kernel(library: Path, name: str, *inputs: Any) -> ops.Custom:
+    registration = CustomRegOp()  # without it MindSpore dies with "The pointer[value] is null"
+    for i in range(len(inputs)):
+        registration = registration.input(i, f"x{i}")
+    info = registration.output(0, "y").dtype_format(*inputs, _F32).target("CPU").get_op_info()
+    return ops.Custom(f"{library}:{name}", out_shape=None, out_dtype=ms.float32, func_type="aot", reg_info=info)
