@@ -1,0 +1,214 @@
+"""``chat``: a conversation in the terminal, streamed, with history and commands; Ctrl-C stops an answer, not the chat."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from research.qwen.cli.common import add_model_options, add_sampling_options, load_engine, sampling_from
+from research.qwen.decode.params import SamplingParams
+from research.qwen.errors import QwenError, RequestError
+from research.qwen.messages import Delta, Message
+
+if TYPE_CHECKING:
+    from research.qwen.engine import Engine
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+HELP = """/help               this list
+/clear              forget the conversation (the system message stays)
+/history            show the conversation
+/system [TEXT]      show or set the system message
+/regen              answer the last question again
+/conf [NAME=VALUE]  show or set sampling values, e.g. /conf temperature=0.7 top_p=0.9 seed=none
+/exit               leave (also Ctrl-D)
+A line ending in \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m research.qwen.cli chat",
+        description="Talk to a chat model. Without MODEL: the embedded demo model (it only knows a dozen dialogues).",
+    )
+    add_model_options(parser)
+    parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system message (default: {DEFAULT_SYSTEM!r})")
+    add_sampling_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    args = build_parser().parse_args(argv)
+    engine = load_engine(args)
+    if engine.tokenizer is None:
+        raise RequestError("chat needs a vocabulary: put qwen.tiktoken beside the checkpoint or give --vocab")
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history for input())
+
+        print("Type a message, /help for commands, /exit to leave.")
+        if not args.model:
+            print("This is the tiny demo model: it only knows a dozen dialogues. Try 你好 or: 你是谁？")
+    return Chat(engine, sampling_from(args, engine), args.system).run()
+
+
+class Chat:
+    """The conversation and its commands; ``read`` gives a line or raises EOFError, ``show`` prints without newline."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        params: SamplingParams,
+        system: str,
+        read: Callable[[str], str] = input,
+        show: Callable[[str], None] | None = None,
+    ):
+        self.engine, self.params, self.system = engine, params, system
+        self.read = read
+        self.show = show or (lambda text: print(text, end="", flush=True))
+        self.history: list[tuple[str, str]] = []
+        self.commands: dict[str, Callable[[str], bool]] = {
+            "/help": self.help,
+            "/clear": self.clear,
+            "/history": self.print_history,
+            "/system": self.set_system,
+            "/regen": self.regenerate,
+            "/conf": self.configure,
+            "/exit": lambda _: False,
+        }
+
+    def run(self) -> int:
+        """Read and answer until /exit or the end of the input; 0."""
+        while True:
+            try:
+                line = self.read_line()
+            except EOFError:
+                self.show("\n")
+                return 0
+            except KeyboardInterrupt:
+                self.show("\n(/exit or Ctrl-D leaves)\n")
+                continue
+            if line.strip() and not self.handle(line):
+                return 0
+
+    def read_line(self) -> str:
+        """One message; a trailing backslash joins the next line."""
+        line = self.read("> ")
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + self.read(". ")
+        return line
+
+    def handle(self, line: str) -> bool:
+        """Run a command or answer a message; False ends the chat. A mistake is shown, and the chat goes on."""
+        name, _, rest = line.strip().partition(" ")
+        try:
+            if not name.startswith("/"):
+                self.answer(line)
+                return True
+            if name not in self.commands:
+                raise RequestError(f"unknown command {name}; /help lists them")
+            return self.commands[name](rest.strip())
+        except QwenError as error:
+            self.show(f"error: {error}\n")
+            return True
+
+    def answer(self, query: str) -> None:
+        """Stream the answer to ``query`` and append the turn; an interrupted answer is kept as far as it came."""
+        pieces: list[str] = []
+        stream = self.stream(query)
+        try:
+            for delta in stream:
+                pieces.append(delta.text)
+                self.show(delta.text)
+        except KeyboardInterrupt:
+            self.show(" [stopped]")
+        finally:
+            stream.close()  # type: ignore[attr-defined]  # cancels what still runs
+        self.show("\n")
+        self.history.append((query, "".join(pieces)))
+
+    def stream(self, query: str) -> Iterator[Delta]:
+        """Deltas of the answer; the oldest turns are left out, with a notice, when the context is full."""
+        room = self.engine.lm.max_length - 1
+        turns = list(self.history)
+        while True:
+            ids = self.engine.render(self.messages(turns, query))
+            if len(ids) <= room or not turns:
+                break
+            turns.pop(0)
+        if len(turns) < len(self.history):
+            self.show(f"[context full: the oldest {len(self.history) - len(turns)} turns are left out]\n")
+        return self.engine.stream(ids, self.params)
+
+    def messages(self, turns: Sequence[tuple[str, str]], query: str) -> list[Message]:
+        """The conversation as messages."""
+        listed = [Message("system", self.system)]
+        for asked, answered in turns:
+            listed += [Message("user", asked), Message("assistant", answered)]
+        return [*listed, Message("user", query)]
+
+    def help(self, _: str) -> bool:
+        """Show the commands."""
+        self.show(HELP + "\n")
+        return True
+
+    def clear(self, _: str) -> bool:
+        """Forget the turns."""
+        self.history.clear()
+        self.show("conversation cleared\n")
+        return True
+
+    def print_history(self, _: str) -> bool:
+        """Show the turns."""
+        if not self.history:
+            self.show("no turns yet\n")
+        for asked, answered in self.history:
+            self.show(f"> {asked}\n{answered}\n")
+        return True
+
+    def set_system(self, text: str) -> bool:
+        """Show or set the system message."""
+        if text:
+            self.system = text
+        self.show(f"system: {self.system}\n")
+        return True
+
+    def regenerate(self, _: str) -> bool:
+        """Answer the last question again."""
+        if not self.history:
+            raise RequestError("nothing to answer again yet")
+        turn = self.history.pop()
+        try:
+            self.answer(turn[0])
+        except QwenError:
+            self.history.append(turn)
+            raise
+        return True
+
+    def configure(self, text: str) -> bool:
+        """Show or set sampling values; an invalid one leaves everything as it was."""
+        values = {field.name: getattr(self.params, field.name) for field in fields(self.params)}
+        for item in text.split():
+            name, equals, value = item.partition("=")
+            if not equals:
+                raise RequestError(f"write NAME=VALUE, got {item!r}")
+            values[name] = parse_value(value)
+        self.params = SamplingParams.from_mapping(values)
+        shown = ", ".join(f"{name}={value}" for name, value in values.items() if name not in ("n", "logprobs"))
+        self.show(f"{shown}\n")
+        return True
+
+
+def parse_value(text: str) -> object:
+    """``none``, true / false, an integer, a number, or the text itself."""
+    lowered = text.lower()
+    if lowered in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[lowered]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

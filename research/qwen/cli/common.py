@@ -1,0 +1,115 @@
+"""Options, loading and quietness shared by the commands."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from research.qwen.decode.params import SamplingParams
+
+if TYPE_CHECKING:
+    from research.qwen.engine import Engine
+
+SAMPLING_OPTIONS: dict[str, type] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+    "max_new_tokens": int,
+}
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint and where it runs."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="Hugging Face folder, converted folder, or .ckpt / .safetensors file; default: the embedded demo model",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, ascend, or auto (default)")
+    parser.add_argument("--backend", help="cpu, reference or ascend (default: what the device needs)")
+    parser.add_argument("--dtype", help="computation dtype (default: float32 on cpu, float16 on ascend)")
+    parser.add_argument("--config", help="YAML to read the model from instead of config.json")
+    parser.add_argument("--vocab", help="vocabulary file qwen.tiktoken (default: beside the checkpoint)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: physical cores)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show log lines, also those of MindSpore")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """One option a field of SamplingParams; unset ones keep the checkpoint's own defaults."""
+    group = parser.add_argument_group("sampling (default: the checkpoint's generation_config.json)")
+    for name, kind in SAMPLING_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, metavar=kind.__name__.upper())
+    group.add_argument("--greedy", action="store_true", help="take the likeliest token always (temperature 0)")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+
+
+def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
+    """The checkpoint's defaults with the given options on top. RequestError for an invalid value."""
+    changes: dict[str, Any] = {
+        name: value for name in SAMPLING_OPTIONS if (value := getattr(args, name)) is not None
+    }
+    if args.greedy:
+        changes["temperature"] = 0.0
+    if args.stop:
+        changes["stop"] = tuple(args.stop)
+    return engine.default_params(**changes)
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """Load the model of the options, with one line on standard error while it takes long."""
+    quieten(args.verbose)
+    from research.qwen.demo import demo_folder
+    from research.qwen.engine import Engine
+
+    path = Path(args.model) if args.model else demo_folder()
+    started = time.monotonic()
+    if sys.stderr.isatty():
+        print(f"loading {path} ...", file=sys.stderr)
+    device = resolve_device(args.device) if args.backend is None else args.device
+    if args.backend is not None and device == "auto":
+        device = "ascend" if args.backend == "ascend" else "cpu"
+    dtype = args.dtype or ("float16" if device == "ascend" else "float32")
+    engine = Engine.from_pretrained(
+        path,
+        device=device,
+        dtype=dtype,
+        backend=args.backend,
+        config=args.config,
+        vocab_file=args.vocab,
+        threads=args.threads,
+    )
+    if sys.stderr.isatty():
+        print(f"ready after {time.monotonic() - started:.1f} s on {device}", file=sys.stderr)
+    return engine
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as the device that is there; other names as they are."""
+    if device != "auto":
+        return device
+    from research.qwen.kernels.devices import device_available
+
+    return "ascend" if device_available() else "cpu"
+
+
+def quieten(verbose: bool) -> None:
+    """Keep MindSpore's warnings and our log lines from the user, unless asked for. Call before MindSpore is imported."""
+    if verbose or os.environ.get("QWEN_VERBOSE") == "1":
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        return
+    os.environ.setdefault("GLOG_v", "3")  # errors only
+    os.environ.setdefault("MS_ALLOC_CONF", "")  # else MindSpore prints its allocator settings to stdout
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    warnings.filterwarnings("ignore")

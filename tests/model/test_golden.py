@@ -1,0 +1,154 @@
+"""Parity with the independent run of the published model, on every backend that runs here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from research.qwen.config import QwenConfig
+from research.qwen.decode.loop import Chunk
+from research.qwen.decode.params import SamplingParams
+from research.qwen.engine import Engine
+from tests.fixtures_util import model_folder
+from tests.model.golden import BACKENDS, TOLERANCE, assert_logits, load
+
+pytestmark = pytest.mark.mindspore
+MODELS = ("st_new_bf16", "bin_old_fp16", "bin_sharded_fp32")
+GREEDY = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True)
+REPEAT = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True, repetition_penalty=1.1)
+
+
+@pytest.fixture(scope="module", params=[(b, m) for b in BACKENDS for m in MODELS], ids="-".join)
+def case(request):
+    backend, name = request.param
+    return name, Engine.from_pretrained(model_folder(name), backend=backend, num_blocks=96), load(name)
+
+
+def prompts(golden):
+    return [golden[f"prompt{i}_ids"] for i in range(3)]
+
+
+def test_one_pass(case):
+    _, engine, golden = case
+    for i, ids in enumerate(prompts(golden)):
+        assert_logits(golden, f"prompt{i}_logits", engine.logits(ids))
+
+
+def test_prefill_then_single_steps(case):
+    _, engine, golden = case
+    ids, prefill = golden["inc_ids"], int(golden["inc_prefill"])
+    lm, blocks = engine.lm, list(range(10))
+    rows = [lm.forward([Chunk(ids[:prefill], 0, blocks, 1.0, prefill)])]
+    rows += [lm.forward([Chunk(ids[i : i + 1], i, blocks, 1.0, 1)]) for i in range(prefill, len(ids))]
+    assert_logits(golden, "inc_logits", np.concatenate(rows))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 32])
+def test_chunked_prefill_equals_one_pass(case, chunk):
+    _, engine, golden = case
+    ids = golden["prompt2_ids"]
+    whole = engine.logits(ids)
+    pieces = [
+        engine.lm.forward([Chunk(ids[i : i + chunk], i, list(range(10)), 1.0, len(ids[i : i + chunk]))])
+        for i in range(0, len(ids), chunk)
+    ]
+    difference = np.abs(np.concatenate(pieces) - whole).max()
+    limit = 0.0 if engine.lm.kernels.name == "cpu" else TOLERANCE  # our kernels promise the same bits
+    assert difference <= limit, f"max {difference:.2e}"
+
+
+def test_greedy_ids_identical(case):
+    _, engine, golden = case
+    results = engine.generate([list(ids) for ids in prompts(golden)], GREEDY)  # all three in one batch
+    for i, result in enumerate(results):
+        want = golden[f"greedy{i}_ids"]
+        np.testing.assert_array_equal(result.prompt_ids + result.ids, want)
+        assert result.finish_reason == "length"
+
+
+def test_repetition_penalty(case):
+    _, engine, golden = case
+    for i, result in enumerate(engine.generate([list(ids) for ids in prompts(golden)], REPEAT)):
+        np.testing.assert_array_equal(result.prompt_ids + result.ids, golden[f"rep{i}_ids"])
+
+
+def test_end_token(case):
+    _, engine, golden = case
+    eos = int(golden["eos_token"])
+    prompt = list(golden["prompt1_ids"])
+    result = engine.generate([prompt], SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[eos]))[0]
+    np.testing.assert_array_equal(prompt + result.ids, golden["eos_ids"])
+    assert result.finish_reason == "stop"
+
+
+def test_batch_rows_equal_rows_alone(case):
+    """Left padding of the published code becomes no padding at all: each row is computed as if it were alone."""
+    _, engine, golden = case
+    rows = [ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)]
+    blocks = [list(range(10 * i, 10 * i + 10)) for i in range(len(rows))]
+    together = engine.lm.forward(
+        [Chunk(row, 0, block, 1.0, len(row)) for row, block in zip(rows, blocks, strict=True)]
+    )
+    start = 0
+    for i, row in enumerate(rows):
+        mine = together[start : start + len(row)]
+        start += len(row)
+        assert_logits(golden, "batch_logits", mine, (i, golden["batch_mask"][i].astype(bool)))
+        limit = 0.0 if engine.lm.kernels.name == "cpu" else TOLERANCE
+        assert np.abs(mine - engine.logits(row)).max() <= limit
+    results = engine.generate([list(row) for row in rows], GREEDY)
+    width = golden["batch_ids"].shape[1]
+    for i, result in enumerate(results):
+        np.testing.assert_array_equal(result.ids, golden["batch_greedy_ids"][i, width:])
+
+
+def test_batch_end_token(case):
+    """A finished row just ends; the published code fills it with id 0."""
+    _, engine, golden = case
+    rows = [ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)]
+    params = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[int(golden["batch_eos_token"])])
+    width = golden["batch_ids"].shape[1]
+    for i, result in enumerate(engine.generate([list(row) for row in rows], params)):
+        want = list(golden["batch_eos_ids"][i, width:])
+        assert result.ids == want[: len(result.ids)]
+        assert set(want[len(result.ids) :]) <= {0}
+
+
+def test_padding_given_as_ids_is_ordinary_text(case):
+    """One row with its padding, as the published code runs it: the mask is ignored there."""
+    _, engine, golden = case
+    row = golden["batch_ids"][int(golden["padded_single_row"])]
+    result = engine.generate([list(row)], GREEDY)[0]
+    np.testing.assert_array_equal(result.prompt_ids + result.ids, golden["padded_single_ids"][0])
+
+
+def test_one_graph_for_everything(case):
+    _, engine, golden = case
+    engine.logits(golden["prompt2_ids"])
+    engine.generate([[1], [2, 3]], SamplingParams(temperature=0, max_new_tokens=3))
+    assert engine.lm.compilations == 1
+
+
+def test_config_naming(case):
+    name, engine, _ = case
+    assert engine.lm.config == QwenConfig.from_folder(model_folder(name))
+
+
+def test_layer_trace(case):
+    """Every intermediate value of one pass, cached keys and values included."""
+    from tests.model.tracing import trace
+
+    name, engine, _ = case
+    golden = load(name, "trace.npz")
+    got = trace(engine.lm, golden["trace_ids"])
+    stride = int(golden.get("vocab_stride", 1))
+    compared = 0
+    for key, want in golden.items():
+        if key in ("trace_ids", "vocab_stride") or key.endswith(("_argmax", "_max")):
+            continue
+        mine = got[key][..., ::stride] if key == "logits" else got[key]
+        assert mine.shape == want.shape, key
+        difference = np.abs(mine - want).max()
+        assert difference <= TOLERANCE, f"{key}: max {difference:.2e}"
+        compared += 1
+    assert compared >= 10 * engine.lm.config.num_layers
