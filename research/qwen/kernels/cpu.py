@@ -43,7 +43,9 @@ class Linear(nn.Cell):  # type: ignore[misc]
         self.has_bias = bias
         if bias:
             self.bias = _placeholder("bias", (1,), np.float32)
-        self.kernel = _kernel(library, f"QwenLinear{suffix}", _F32, kind, *([_F32] if bias else []))
+        self.kernel = _kernel(
+            library, f"QwenLinear{'Bias' if bias else ''}{suffix}", _F32, kind, *([_F32] if bias else [])
+        )
 
     def construct(self, x: Tensor) -> Tensor:
         """(T, n_in) float32 -> (T, n_out) float32."""

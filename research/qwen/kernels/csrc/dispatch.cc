@@ -153,12 +153,29 @@ extern "C" void QwenSetThreads(int count) { qwen::set_threads(count); }
 extern "C" int QwenThreads() { return qwen::threads(); }
 extern "C" const char* QwenIsa() { return qwen::table() ? qwen::table()->name : ""; }
 
+// Reads n floats with all threads and nothing else: the bandwidth that benchmarks are measured against.
+extern "C" void QwenReadMemory(const float* x, int64_t n) {
+  qwen::Turn turn;
+  qwen::parallel(n, 1 << 20, [&](int64_t i0, int64_t i1) {
+    volatile float sink = qwen::table()->read_sum(x + i0, i1 - i0);
+    (void)sink;
+  });
+}
+
 KERNEL(QwenLinearF32) { return qwen::linear(count, p, shapes, qwen::kF32); }
 KERNEL(QwenLinearBF16) { return qwen::linear(count, p, shapes, qwen::kBF16); }
 KERNEL(QwenLinearF16) { return qwen::linear(count, p, shapes, qwen::kF16); }
 INFER(QwenLinearF32) { return {shapes[0][0], shapes[1][0]}; }
 INFER(QwenLinearBF16) { return {shapes[0][0], shapes[1][0]}; }
 INFER(QwenLinearF16) { return {shapes[0][0], shapes[1][0]}; }
+
+// MindSpore keeps one registration a name, so the form with bias (three inputs) needs names of its own.
+KERNEL(QwenLinearBiasF32) { return qwen::linear(count, p, shapes, qwen::kF32); }
+KERNEL(QwenLinearBiasBF16) { return qwen::linear(count, p, shapes, qwen::kBF16); }
+KERNEL(QwenLinearBiasF16) { return qwen::linear(count, p, shapes, qwen::kF16); }
+INFER(QwenLinearBiasF32) { return {shapes[0][0], shapes[1][0]}; }
+INFER(QwenLinearBiasBF16) { return {shapes[0][0], shapes[1][0]}; }
+INFER(QwenLinearBiasF16) { return {shapes[0][0], shapes[1][0]}; }
 
 KERNEL(QwenEmbeddingF32) { return qwen::embedding(p, shapes, qwen::kF32); }
 KERNEL(QwenEmbeddingBF16) { return qwen::embedding(p, shapes, qwen::kBF16); }
