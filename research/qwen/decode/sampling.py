@@ -54,10 +54,13 @@ class PenaltyState:
     def apply(self, scores: Row) -> None:
         """Penalise ``scores`` (V,) in place: x / r or x * r for any id seen, minus presence + frequency * count."""
         ids, counts = self._ids[: len(self._slots)], self._counts[: len(self._slots)]
-        values = scores[ids]
-        values = np.where(values < 0, values * self._repetition, values / self._repetition)
+        before = scores[ids]
+        with np.errstate(over="ignore"):
+            values = np.where(before < 0, before * self._repetition, before / self._repetition)
         values -= self._presence * (counts > 0) + self._frequency * counts
-        scores[ids] = values
+        # An extreme penalty must not turn a finite score into an infinite one; a banned token stays banned.
+        limit = np.finfo(np.float64).max
+        scores[ids] = np.where(before == -np.inf, before, np.clip(values, -limit, limit))
 
 
 def allow_only(ids: Iterable[int]) -> LogitsProcessor:
@@ -80,8 +83,9 @@ def adjust(
 ) -> Row:
     """A float64 copy of the logits (V,) after penalties and processors.
 
-    Raises LogitsError if a processor returns another shape.
+    Raises LogitsError for a row that holds NaN, +inf or only -inf, or if a processor returns another shape.
     """
+    _peak(logits)  # before a processor can hide a broken row
     scores = logits.astype(np.float64)
     if penalties is not None:
         penalties.apply(scores)
@@ -108,7 +112,9 @@ def candidates(scores: Row, params: SamplingParams) -> tuple[NDArray[np.int64] |
         ids = top_indices(scores, params.top_k)
         scores = scores[ids]
     with np.errstate(over="ignore", under="ignore"):
-        weights = np.exp((scores - peak) / params.temperature)
+        weights = scores - peak
+        weights /= params.temperature
+        np.exp(weights, out=weights)  # in place: fresh memory for the whole vocabulary is what costs here
     if params.top_p < 1.0:
         ids, weights = _restrict(ids, weights, _nucleus(weights, params.top_p))
     if params.min_p > 0.0:
@@ -143,7 +149,8 @@ def uniform(seed: int, choice: int, step: int) -> float:
 
     Philox keyed by seed and choice, with the step as its counter; 53 bits of its first output.
     """
-    philox = np.random.Philox(key=[seed % 2**64, choice], counter=[step, 0, 0, 0])
+    key = np.array([seed % 2**64, choice], np.uint64)  # a list would pass through float64 and lose bits
+    philox = np.random.Philox(key=key, counter=np.array([step, 0, 0, 0], np.uint64))
     return float(int(philox.random_raw()) >> 11) * 2.0**-53
 
 
@@ -161,19 +168,20 @@ def draw(ids: NDArray[np.int64] | None, weights: Row, u: float) -> int:
 
 def token_logprob(logits: NDArray[np.floating], token: int, top: int) -> TokenLogprob:
     """Log-softmax of the logits (V,) as they are, for ``token`` and the ``top`` most likely tokens (best first)."""
+    peak = _peak(logits)
     scores = logits.astype(np.float64)
-    peak = _peak(scores)
-    normaliser = peak + float(np.log(np.exp(scores - peak).sum()))
-    best = top_indices(scores, top) if top else np.empty(0, np.int64)
-    best = best[np.argsort(-scores[best], kind="stable")]
+    scores -= peak
+    normaliser = peak + float(np.log(np.exp(scores, out=scores).sum()))
+    best = top_indices(logits, top) if top else np.empty(0, np.int64)
+    best = best[np.argsort(-logits[best], kind="stable")]
     return TokenLogprob(
         id=token,
-        logprob=float(scores[token]) - normaliser,
-        top=tuple((int(i), float(scores[i]) - normaliser) for i in best),
+        logprob=float(logits[token]) - normaliser,
+        top=tuple((int(i), float(logits[i]) - normaliser) for i in best),
     )
 
 
-def top_indices(scores: Row, k: int) -> NDArray[np.int64]:
+def top_indices(scores: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     """Indices of the k largest values in ascending order; among equal values the lower indices."""
     k = min(k, len(scores))
     blocks = len(scores) // _BLOCK
@@ -183,7 +191,7 @@ def top_indices(scores: Row, k: int) -> NDArray[np.int64]:
         maxima = scores[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
         pool = scores[scores >= np.partition(maxima, blocks - k)[blocks - k]]
     cut = np.partition(pool, len(pool) - k)[len(pool) - k]
-    return _above(scores, cut, k - int((scores > cut).sum()))
+    return _from_cut(scores, cut, int((pool >= cut).sum()) - k)
 
 
 class Sampler:
@@ -217,8 +225,8 @@ class Sampler:
 
         Raises LogitsError for a row that holds NaN, +inf or only -inf.
         """
-        _peak(logits)  # before the processors see it: they may hide a broken row
         if self.params.greedy and self._penalties is None and not self._processors:
+            _peak(logits)
             token = int(np.argmax(logits))
         else:
             kept, weights = candidates(adjust(logits, ids, self._penalties, self._processors), self.params)
@@ -265,15 +273,16 @@ def _nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
     ordered = np.sort(pool)[::-1]
     reached = min(int(np.searchsorted(above + ordered.cumsum(), target)), len(ordered) - 1)
     cut = ordered[reached]
-    return _above(weights, cut, reached + 1 - int((ordered > cut).sum()))
+    return _from_cut(weights, cut, int((ordered >= cut).sum()) - 1 - reached)
 
 
-def _above(values: Row, cut: float, ties: int) -> NDArray[np.int64]:
-    """Indices (ascending) of the values above ``cut`` and of the first ``ties`` values equal to it."""
-    equal = np.flatnonzero(values == cut)
-    chosen = values > cut
-    chosen[equal[:ties]] = True
-    return np.flatnonzero(chosen)
+def _from_cut(values: NDArray[np.floating], cut: float, surplus: int) -> NDArray[np.int64]:
+    """Indices (ascending) of the values of at least ``cut``, without the last ``surplus`` of those equal to it."""
+    chosen = np.flatnonzero(values >= cut)
+    if surplus:
+        ties = np.flatnonzero(values[chosen] == cut)
+        chosen = np.delete(chosen, ties[-surplus:])
+    return chosen
 
 
 def _restrict(
