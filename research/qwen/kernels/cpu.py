@@ -97,15 +97,18 @@ class SwiGlu(nn.Cell):  # type: ignore[misc]
 class Attention(nn.Cell):  # type: ignore[misc]
     """Rotary, log-n, paged KV cache and causal attention in one kernel; owns its cache.
 
-    ``key_cache`` and ``value_cache`` are buffers that are not saved; they are no parameters, and memory is
-    committed by the system only as blocks are first written.
+    ``key_cache`` and ``value_cache`` are parameters told from weights by their names; memory is committed by the
+    system only as blocks are first written.
     """
 
     def __init__(self, library: Path, config: QwenConfig, cache: CacheSpec) -> None:
         super().__init__()
         shape = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
-        self.register_buffer("key_cache", Tensor.from_numpy(np.zeros(shape, np.float32)), persistent=False)
-        self.register_buffer("value_cache", Tensor.from_numpy(np.zeros(shape, np.float32)), persistent=False)
+        # Parameters, not buffers: a buffer becomes a constant of the graph, and equal constants are merged.
+        self.key_cache = _placeholder("key_cache", (1,) * 4, np.float32)
+        self.value_cache = _placeholder("value_cache", (1,) * 4, np.float32)
+        for parameter in (self.key_cache, self.value_cache):
+            parameter.set_data(Tensor.from_numpy(np.zeros(shape, np.float32)), slice_shape=True)
         types = (_F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32, _F32)
         self.kernel = _kernel(library, "QwenAttention", *types)
 
