@@ -1,0 +1,327 @@
+"""Ascend backend: MindSpore's fused operators, in float16 (910A) or bfloat16 (910B).
+
+Not run on an NPU by this project; docs/ascend.md says what is checked and how. Two graphs: ``prefill`` for
+fresh prompts (FlashAttentionScore over the new keys) and ``paged`` for everything else (PagedAttention over
+the cache). Their step tuples differ in length, which is static when a graph is compiled, so the length picks
+the branch and no flag has to be kept in step with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.np_dtype import bfloat16
+from numpy.typing import NDArray
+
+from research.qwen.config import QwenConfig
+from research.qwen.errors import CheckpointError, KernelError
+from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.kernels.arrays import STORED, widen
+from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
+from research.qwen.kernels.devices import ascend_problem, ascend_soc
+from research.qwen.rope import logn_factors, rotary_tables
+
+PREFILL, PAGED = "prefill", "paged"
+SHARED_INPUTS = (
+    6  # cos, sin, logn, positions, slots, lengths; the paged graph has tables, mask and q_lens as well
+)
+DTYPES = {
+    "float16": np.float16,
+    "bfloat16": bfloat16,
+    "float32": np.float32,
+}  # float32: only with stand-in operators
+MASKED = -10000.0  # what the attention kernels add to a forbidden score
+TRIANGLE = 128  # side of the compressed causal mask of FlashAttentionScore in layout TH
+HALVES = 2  # ApplyRotaryPosEmb cos_format: a row of cos and sin per token, element i pairs with i + d / 2
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_HEAD_DIM = 256
+MAX_BLOCK_ELEMENTS = 128 * 128  # head_dim * block_size
+FLAT_CACHE_SOCS = ("910a", "ascend910", "310p", "ascend310p")  # caches there are (blocks, block_size, H)
+ROWS_AT_ONCE = 1 << 24  # elements converted at a time, so that a large matrix needs no second full copy
+
+
+class AscendKernels:
+    """Backend of fused operators; weights of any stored format become the compute dtype when they are set."""
+
+    name = "ascend"
+
+    def __init__(self, dtype: str, fused: FusedOps, flat_cache: bool = False):
+        self.activation_dtype = dtype
+        self.fused, self.flat_cache = fused, flat_cache
+        self._numpy = DTYPES[dtype]
+        self._type = getattr(ms, dtype)
+        self._causal = _triangle(dtype)
+
+    def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> nn.Cell:
+        """Cell x (T, n_in) -> x W^T + b (T, n_out). KernelError for a quantised ``fmt``."""
+        _check_format(fmt)
+        return Linear(bias, self._type)
+
+    def embedding(self, rows: int, dim: int, fmt: str) -> nn.Cell:
+        """Cell ids (T,) int32 -> (T, dim). KernelError for a quantised ``fmt``."""
+        _check_format(fmt)
+        return Embedding(self._type)
+
+    def rms_norm(self, dim: int, eps: float) -> nn.Cell:
+        """Cell x -> x * rsqrt(mean(x^2) + eps) * weight."""
+        return RMSNorm(self.fused, eps, self._type)
+
+    def swiglu(self) -> nn.Cell:
+        """Cell (a, b) -> a * silu(b)."""
+        return SwiGLU(self.fused)
+
+    def attention(self, config: QwenConfig, cache: CacheSpec) -> nn.Cell:
+        """Cell (qkv (T, 3H), step) -> (T, H). KernelError for sizes the fused operators do not take."""
+        check_shapes(config, cache)
+        shape: tuple[int, ...] = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
+        if self.flat_cache:
+            shape = (cache.num_blocks, cache.block_size, config.hidden_size)
+        caches = [
+            Tensor.from_numpy(np.zeros(shape, self._numpy)) for _ in range(2)
+        ]  # pages are touched when used
+        return PagedAttention(self.fused, config, caches, self._causal)
+
+    def graph_key(self, view: StepView) -> str:
+        """``prefill`` if every run starts its sequence, else ``paged``."""
+        return PAGED if any(view.starts) else PREFILL
+
+    def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+        """Prefill: cos, sin (T, d), logn (T, 1), positions, slots (T,), lengths (B,).
+
+        Paged: the same (lengths = tokens in the cache after this pass), then tables (B, M),
+        mask (T, M * block_size) and q_lens (B,).
+        """
+        cos, sin = rotary_tables(view.starts, view.q_lens, view.alphas, config)
+        positions = view.positions()
+        arrays: list[NDArray[Any]] = [
+            np.concatenate([cos, cos], axis=1).astype(self._numpy),
+            np.concatenate([sin, sin], axis=1).astype(self._numpy),
+            logn_factors(positions, config)[:, None].astype(self._numpy),
+            positions,
+            view.slot_mapping(cache.block_size),
+            view.kv_lens().astype(np.int32),
+        ]
+        if self.graph_key(view) == PAGED:
+            tables = view.padded_tables(cache.block_size)
+            keys = np.arange(tables.shape[1] * cache.block_size, dtype=np.int32)
+            hidden = keys[None, :] > positions[:, None]
+            arrays += [
+                tables,
+                hidden.astype(self._numpy) * self._numpy(MASKED),
+                np.asarray(view.q_lens, np.int32),
+            ]
+        return tuple(Tensor.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+
+    def step_signature(self, config: QwenConfig, cache: CacheSpec, key: str = PREFILL) -> tuple[Tensor, ...]:
+        """Dynamic shapes of make_step's tuple for one of the two graphs."""
+        shapes: list[tuple[list[int | None], Any]] = [
+            ([None, config.head_dim], self._type),
+            ([None, config.head_dim], self._type),
+            ([None, 1], self._type),
+            ([None], ms.int32),
+            ([None], ms.int32),
+            ([None], ms.int32),
+        ]
+        if key == PAGED:
+            shapes += [([None, None], ms.int32), ([None, None], self._type), ([None], ms.int32)]
+        return tuple(Tensor(shape=shape, dtype=dtype) for shape, dtype in shapes)
+
+    def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
+        """The array in the compute dtype, without a copy if it is stored that way.
+
+        Raises CheckpointError if a value does not fit float16.
+        """
+        if fmt == self.activation_dtype:
+            stored = np.ascontiguousarray(array)
+            return Tensor.from_numpy(stored.view(bfloat16) if fmt == "bfloat16" else stored)
+        return Tensor.from_numpy(_converted(array, fmt, self._numpy, self.activation_dtype))
+
+
+class Linear(nn.Cell):
+    """y = x W^T + b; MindSpore merges the product and the sum into one kernel."""
+
+    def __init__(self, bias: bool, dtype: Any):
+        super().__init__()
+        self.weight = placeholder("weight", 2, dtype)
+        self.bias = placeholder("bias", 1, dtype) if bias else None
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.add = ops.Add()
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.matmul(x, self.weight)
+        return y if self.bias is None else self.add(y, self.bias)
+
+
+class Embedding(nn.Cell):
+    """Rows of a table."""
+
+    def __init__(self, dtype: Any):
+        super().__init__()
+        self.weight = placeholder("weight", 2, dtype)
+        self.gather = ops.Gather()
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return self.gather(self.weight, ids, 0)
+
+
+class RMSNorm(nn.Cell):
+    """x * rsqrt(mean(x^2) + eps) * weight; the fused kernel keeps the statistics in float32."""
+
+    def __init__(self, fused: FusedOps, eps: float, dtype: Any):
+        super().__init__()
+        self.weight = placeholder("weight", 1, dtype)
+        self.norm = fused.RmsNorm(eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.weight)[0]
+
+
+class SwiGLU(nn.Cell):
+    """a * silu(b). The fused kernel activates the first half of its input, so b goes first."""
+
+    def __init__(self, fused: FusedOps):
+        super().__init__()
+        self.cat = ops.Concat(-1)
+        self.fused = fused.Swiglu()
+
+    def construct(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.fused(self.cat((b, a)), -1)
+
+
+class PagedAttention(nn.Cell):
+    """Rotary, log-n, cache write, and attention: over the new keys (prefill) or over the cache (paged)."""
+
+    def __init__(self, fused: FusedOps, config: QwenConfig, caches: list[Tensor], causal: Tensor):
+        super().__init__()
+        self.heads, self.hidden = config.num_heads, config.hidden_size
+        self.logn = config.use_logn_attn
+        scale = 1.0 / math.sqrt(config.head_dim)
+        self.key_cache = Parameter(caches[0], name="key_cache", requires_grad=False)
+        self.value_cache = Parameter(caches[1], name="value_cache", requires_grad=False)
+        self.causal = causal
+        self.split = ops.Split(1, 3)
+        self.rotate = fused.ApplyRotaryPosEmb(HALVES)
+        self.write = fused.ReshapeAndCache()
+        self.flash = fused.FlashAttentionScore(
+            head_num=self.heads,
+            scale_value=scale,
+            pre_tokens=2147483647,
+            next_tokens=0,
+            inner_precise=0,
+            input_layout="TH",
+            sparse_mode=0,
+        )
+        self.paged = fused.PagedAttention(self.heads, scale, self.heads)
+
+    def construct(self, qkv: Tensor, step: tuple[Tensor, ...]) -> Tensor:
+        cos, sin, logn, positions, slots, lengths = step[:SHARED_INPUTS]
+        q, k, v = self.split(qkv)  # (T, H) each
+        q, k = self.rotate(q, k, cos, sin, positions)
+        if self.logn:
+            q = q * logn
+        written = self.write(k, v, self.key_cache, self.value_cache, slots)
+        q = ops.depend(q, written)  # no read of the cache before the write
+        if len(step) == SHARED_INPUTS:
+            return self.flash(q, k, v, None, None, None, self.causal, None, lengths, lengths)[3]
+        tables, mask, q_lens = step[SHARED_INPUTS:]
+        return self.paged(q, self.key_cache, self.value_cache, tables, lengths, None, None, mask, q_lens)
+
+
+def placeholder(name: str, rank: int, dtype: Any) -> Parameter:
+    """A parameter whose data is set later; the loader replaces shape and memory."""
+    return Parameter(Tensor(np.zeros((1,) * rank), dtype), name=name, requires_grad=False)
+
+
+def check_shapes(config: QwenConfig, cache: CacheSpec) -> None:
+    """KernelError for sizes the fused operators do not take; every published Qwen has heads of 128."""
+    dim, block = config.head_dim, cache.block_size
+    if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
+        raise KernelError(
+            f"backend ascend: head size {dim} (kv_channels) must be a multiple of 16 up to {MAX_HEAD_DIM}; "
+            "use device cpu"
+        )
+    if block not in BLOCK_SIZES:
+        raise KernelError(
+            f"backend ascend: block_size {block} must be one of {', '.join(map(str, BLOCK_SIZES))}"
+        )
+    if dim * block > MAX_BLOCK_ELEMENTS:
+        raise KernelError(
+            f"backend ascend: block_size {block} times head size {dim} exceeds {MAX_BLOCK_ELEMENTS}; "
+            "use a smaller block_size"
+        )
+
+
+def _check_format(fmt: str) -> None:
+    if fmt not in STORED:
+        raise KernelError(f"backend ascend has no weights of format {fmt!r}; it takes {', '.join(STORED)}")
+
+
+def _triangle(dtype: str) -> Tensor:
+    """(128, 128) causal mask of layout TH, added to the scores; bfloat16 has 1 = forbidden (MindFormers)."""
+    forbidden = 1.0 if dtype == "bfloat16" else MASKED
+    return Tensor(np.triu(np.full((TRIANGLE, TRIANGLE), forbidden, np.float32), 1), getattr(ms, dtype))
+
+
+def _converted(array: NDArray[Any], fmt: str, target: Any, name: str) -> NDArray[Any]:
+    """``array`` (stored as ``fmt``) in another dtype, a slice at a time; refuses what overflows."""
+    source = np.ascontiguousarray(array).reshape(-1)
+    result = np.empty(source.shape, target)
+    for start in range(0, source.size, ROWS_AT_ONCE):
+        part = widen(source[start : start + ROWS_AT_ONCE], fmt)
+        if name == "float16" and part.size:
+            largest = float(np.max(np.abs(part)))
+            if not largest < 65520.0:  # rounds to infinity; a NaN is refused too
+                raise CheckpointError(
+                    f"weight value {largest:g} does not fit float16 (largest 65504); use dtype bfloat16 "
+                    "or device cpu"
+                )
+        result[start : start + ROWS_AT_ONCE] = part.astype(target)
+    return result.reshape(array.shape)
+
+
+def build(
+    dtype: str = "float16",
+    device_id: int = 0,
+    ops: FusedOps | None = None,
+    require_device: bool = True,
+    flat_cache: bool | None = None,
+) -> AscendKernels:
+    """The Ascend backend.
+
+    Args:
+        dtype: of weights, activations and cache: float16 (910A and later) or bfloat16 (910B and later).
+        device_id: which NPU.
+        ops: other operators in place of MindSpore's (tests); float32 is allowed only with these.
+        require_device: select the device; False builds cells that can be compiled but not run.
+        flat_cache: caches of rank 3 instead of 4; None follows the chip (rank 3 on 910A and 310P).
+
+    Raises KernelError if the dtype is unknown or MindSpore finds no Ascend device.
+    """
+    if dtype not in DTYPES or (dtype == "float32" and ops is None):
+        raise KernelError(f"backend ascend computes in float16 or bfloat16, not {dtype!r}")
+    if require_device:
+        _select_device(device_id)
+        soc = ascend_soc()
+        if dtype == "bfloat16" and soc in FLAT_CACHE_SOCS:
+            raise KernelError(f"{soc} has no bfloat16; use dtype float16")
+        flat_cache = soc in FLAT_CACHE_SOCS if flat_cache is None else flat_cache
+    return AscendKernels(dtype, ops or mindspore_ops(), bool(flat_cache))
+
+
+def _select_device(device_id: int) -> None:
+    """Make the NPU MindSpore's device, with the settings the fused attention kernels need."""
+    problem = ascend_problem()
+    if problem is not None:
+        raise KernelError(
+            f"backend ascend asked for, but MindSpore finds no Ascend device: {problem}; use device cpu"
+        )
+    try:
+        ms.set_device("Ascend", device_id)
+        ms.set_context(jit_config={"jit_level": "O0", "infer_boost": "on"})
+    except (RuntimeError, ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise KernelError(f"Ascend device {device_id} cannot be used: {lines[0]}") from error
