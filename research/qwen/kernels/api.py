@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mindspore import Tensor, nn
 
 BACKENDS = ("cpu", "reference", "ascend")
+ONE_GRAPH = "step"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class StepView:
         slots = []
         for start, length, table in zip(self.starts, self.q_lens, self.block_tables, strict=True):
             position = np.arange(start, start + length)
-            slots.append(np.asarray(table, np.int32)[position // block_size] * block_size + position % block_size)
+            slots.append(
+                np.asarray(table, np.int32)[position // block_size] * block_size + position % block_size
+            )
         return np.concatenate(slots).astype(np.int32)
 
     def padded_tables(self, block_size: int) -> NDArray[np.int32]:
@@ -105,11 +108,16 @@ class Kernels(Protocol):
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
         """Host side: the small tuple of tensors that the model hands through to every attention cell."""
 
-    def step_signature(self, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
-        """The same tuple with dynamic shapes (None), for ``Cell.set_inputs``."""
+    def step_signature(
+        self, config: QwenConfig, cache: CacheSpec, key: str = ONE_GRAPH
+    ) -> tuple[Tensor, ...]:
+        """The same tuple with dynamic shapes (None), for ``Cell.set_inputs``; ``key`` says of which graph."""
 
     def graph_key(self, view: StepView) -> str:
-        """Which compiled graph serves this view; backends with one graph always answer ``step``."""
+        """Which compiled graph serves this view; backends with one graph always answer ``ONE_GRAPH``.
+
+        Graphs differ in the length of their step tuple, which is static at compile time: cells branch on it.
+        """
 
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
         """The tensor a parameter of format ``fmt`` is set to, sharing the array's memory where that is possible."""

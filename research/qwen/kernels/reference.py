@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
-from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, StepView
 from research.qwen.kernels.arrays import widen
 from research.qwen.rope import logn_factors, rotary_tables
 
@@ -73,7 +73,9 @@ class ReferenceKernels:
         )
         return tuple(Tensor.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
-    def step_signature(self, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+    def step_signature(
+        self, config: QwenConfig, cache: CacheSpec, key: str = ONE_GRAPH
+    ) -> tuple[Tensor, ...]:
         """Dynamic shapes of make_step's tuple."""
         half = config.head_dim // 2
         shapes: list[tuple[list[int | None], Any]] = [
@@ -91,7 +93,7 @@ class ReferenceKernels:
 
     def graph_key(self, view: StepView) -> str:
         """One graph serves every view."""
-        return "step"
+        return ONE_GRAPH
 
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
         """The array widened to float32 (no copy if it is float32 already)."""

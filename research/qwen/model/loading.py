@@ -62,4 +62,8 @@ def load_weights(model: QwenModel, source: TensorSource, kernels: Kernels) -> No
         array, fmt = source.read(name), source.dtype(name)
         if name.endswith(SMALL):
             array, fmt = widen(array, fmt), "float32"
-        parameter.set_data(kernels.parameter(array, fmt), slice_shape=True)
+        try:
+            value = kernels.parameter(array, fmt)
+        except CheckpointError as error:  # the backend knows the value, only we know the name
+            raise CheckpointError(f"{name}: {error}") from error
+        parameter.set_data(value, slice_shape=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
 from research.qwen.errors import PromptError
-from research.qwen.kernels.api import CacheSpec, Kernels, StepView
+from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, Kernels, StepView
 from research.qwen.model.loading import TensorSource, load_weights, storage_format
 from research.qwen.model.qwen import QwenModel
 from research.qwen.rope import ntk_alpha
@@ -32,6 +32,7 @@ class Runtime:
         model.set_train(False)
         ids = Tensor(shape=[None], dtype=ms.int32)
         model.set_inputs(ids, ids, *kernels.step_signature(config, cache))
+        self._graph = ONE_GRAPH
 
     @classmethod
     def load(cls, config: QwenConfig, source: TensorSource, kernels: Kernels, cache: CacheSpec) -> Runtime:
@@ -67,13 +68,22 @@ class Runtime:
         ends = np.cumsum(view.q_lens)
         wanted = [np.arange(end - chunk.logits, end) for end, chunk in zip(ends, chunks, strict=True)]
         rows = np.concatenate(wanted).astype(np.int32)
-        asked = rows if rows.size else np.zeros(1, np.int32)  # a graph without output rows is not worth its own case
+        # A graph without output rows is not worth its own case.
+        asked = rows if rows.size else np.zeros(1, np.int32)
         logits = self._run(ids.astype(np.int32), asked, view)
         return logits[: rows.size]
+
+    def _select(self, key: str) -> None:
+        """Declare the inputs of another graph, where a backend has more than one."""
+        if key != self._graph:
+            ids = Tensor(shape=[None], dtype=ms.int32)
+            self.model.set_inputs(ids, ids, *self.kernels.step_signature(self.config, self.cache, key))
+            self._graph = key
 
     def _run(self, ids: NDArray[np.int32], rows: NDArray[np.int32], view: StepView) -> NDArray[np.float32]:
         step = self.kernels.make_step(view, self.config, self.cache)
         with self._lock:
+            self._select(self.kernels.graph_key(view))
             # compile_and_run and not __call__: the graph is compiled even where the caller left PYNATIVE mode on.
             out = self.model.compile_and_run(Tensor.from_numpy(ids), Tensor.from_numpy(rows), *step)
         return np.asarray(out.asnumpy(), np.float32)
