@@ -118,7 +118,9 @@ def _value(file: MappedFile, span: Span) -> Value:
         elif number == 2 and isinstance(item, Span):
             tensor = item
         else:
-            raise CheckpointError(f"{file.path}: an entry ({tag}) is not a plain tensor; map tensors are not supported")
+            raise CheckpointError(
+                f"{file.path}: an entry ({tag}) is not a plain tensor; map tensors are not supported"
+            )
     if tag is None or tensor is None:
         raise CheckpointError(f"{file.path} is not a MindSpore checkpoint: an entry lacks its name or tensor")
     dims: list[int] = []
@@ -141,7 +143,9 @@ def _value(file: MappedFile, span: Span) -> Value:
 
 def _text(file: MappedFile, span: Span) -> str:
     if span.end - span.start > 1 << 16:
-        raise CheckpointError(f"{file.path} is not a MindSpore checkpoint: a name of {span.end - span.start} bytes")
+        raise CheckpointError(
+            f"{file.path} is not a MindSpore checkpoint: a name of {span.end - span.start} bytes"
+        )
     try:
         return bytes(file.pread(span.start, span.end - span.start)).decode("utf-8")
     except UnicodeDecodeError:

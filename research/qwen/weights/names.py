@@ -176,7 +176,9 @@ def check(checkpoint: TensorList, config: QwenConfig) -> None:
     problems += _shape_problems({n: s for n, s in shapes.items() if s != want[n]}, want)
     strange = [name for name in shapes if checkpoint.dtype(name) not in FLOATS]
     if strange:
-        problems.append(f"{_listed(strange)} of type {checkpoint.dtype(strange[0])}, expected {', '.join(FLOATS)}")
+        problems.append(
+            f"{_listed(strange)} of type {checkpoint.dtype(strange[0])}, expected {', '.join(FLOATS)}"
+        )
     if problems:
         raise CheckpointError(
             f"checkpoint does not fit its config ({config.num_layers} layers, hidden {config.hidden_size}, "
@@ -187,7 +189,9 @@ def check(checkpoint: TensorList, config: QwenConfig) -> None:
 def _shape_problems(wrong: Mapping[str, Shape], want: Mapping[str, Shape]) -> list[str]:
     if not wrong:
         return []
-    shown = ", ".join(f"{name} is {shape}, expected {want[name]}" for name, shape in list(wrong.items())[:SHOWN])
+    shown = ", ".join(
+        f"{name} is {shape}, expected {want[name]}" for name, shape in list(wrong.items())[:SHOWN]
+    )
     return [f"{_count(len(wrong))} of wrong shape: {shown}{', ...' if len(wrong) > SHOWN else ''}"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from research.qwen.errors import CheckpointError
-from research.qwen.weights.ckpt_file import read_ckpt
+from research.qwen.weights.ckpt_file import read_ckpt, verify_crc
 from research.qwen.weights.names import former_parts, is_dropped, is_former, to_published
 from research.qwen.weights.safetensors_file import read_safetensors
 from research.qwen.weights.tensors import JoinedTensor, StoredTensor
@@ -65,6 +65,12 @@ class Checkpoint:
         """The numbers in C order in one-dimensional blocks of some MB, read without mapping."""
         return self.tensor(name).blocks()
 
+    def verify(self) -> None:
+        """Compare the checksum of a .ckpt that carries one (reads the whole file); CheckpointError if it is wrong."""
+        for file in self.files:
+            if file.suffix == ".ckpt":
+                verify_crc(file)
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hugging Face folder, a converted folder, or a .safetensors, .bin or .ckpt file.
@@ -78,7 +84,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
     if path.suffix not in READERS:
-        raise CheckpointError(f"{path}: unknown kind of file; known: {', '.join(READERS)}, or the model's folder")
+        raise CheckpointError(
+            f"{path}: unknown kind of file; known: {', '.join(READERS)}, or the model's folder"
+        )
     return Checkpoint(path.parent, [path], READERS[path.suffix](path))
 
 
@@ -88,7 +96,9 @@ def _open_folder(folder: Path) -> Checkpoint:
             return _open_shards(folder, folder / index)
         if (folder / single).exists():
             return Checkpoint(folder, [folder / single], READERS[(folder / single).suffix](folder / single))
-    found = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt") and file.is_file())
+    found = sorted(
+        file for file in folder.iterdir() if file.suffix in (".safetensors", ".ckpt") and file.is_file()
+    )
     if len(found) == 1:
         return Checkpoint(folder, found, READERS[found[0].suffix](found[0]))
     if any("-of-" in file.name for file in found):
@@ -109,10 +119,14 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound or not shards:
-        raise CheckpointError(f"{index} is damaged: expected a weight_map from tensor names to file names; download it again")
+        raise CheckpointError(
+            f"{index} is damaged: expected a weight_map from tensor names to file names; download it again"
+        )
     missing = [name for name in shards if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{index.name} names {len(missing)} missing file(s): {', '.join(missing[:3])} in {folder}")
+        raise CheckpointError(
+            f"{index.name} names {len(missing)} missing file(s): {', '.join(missing[:3])} in {folder}"
+        )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         suffix = Path(shard).suffix
@@ -122,7 +136,9 @@ def _open_shards(folder: Path, index: Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"{folder}: {name} is in two shards, one is {shard}")
             if weight_map.get(name, shard) != shard:
-                raise CheckpointError(f"{index.name} expects {name} in {weight_map[name]}, found it in {shard}")
+                raise CheckpointError(
+                    f"{index.name} expects {name} in {weight_map[name]}, found it in {shard}"
+                )
             tensors[name] = tensor
     lost = [name for name in weight_map if name not in tensors]
     if lost:

@@ -74,7 +74,9 @@ def _span(path: Path, name: str, entry: Any, available: int) -> tuple[int, int]:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: shape or offsets of {name} are malformed")
     if begin > end or end > available:
-        raise CheckpointError(f"{path} is truncated: {name} ends at byte {end} of the data, file holds {available}")
+        raise CheckpointError(
+            f"{path} is truncated: {name} ends at byte {end} of the data, file holds {available}"
+        )
     if end - begin != math.prod(shape) * BY_SAFETENSORS[dtype].numpy.itemsize:
         raise CheckpointError(f"{path}: {name} of shape {shape} does not fit its {end - begin} bytes")
     return begin, end
@@ -84,7 +86,11 @@ def _check_cover(path: Path, spans: dict[str, tuple[int, int]], available: int) 
     reached = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != reached:
-            raise CheckpointError(f"{path}: data of {name} {'overlaps' if begin < reached else 'leaves a gap'}")
+            raise CheckpointError(
+                f"{path}: data of {name} {'overlaps' if begin < reached else 'leaves a gap'}"
+            )
         reached = end
     if reached != available:
-        raise CheckpointError(f"{path}: {available - reached} bytes after the last tensor; the file is damaged")
+        raise CheckpointError(
+            f"{path}: {available - reached} bytes after the last tensor; the file is damaged"
+        )

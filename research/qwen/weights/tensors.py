@@ -97,7 +97,9 @@ class Extent:
 class FileTensor(StoredTensor):
     """Numbers that lie in a file as they are, in one run of bytes or several."""
 
-    def __init__(self, file: MappedFile, shape: tuple[int, ...], dtype: str, extents: Sequence[Extent]) -> None:
+    def __init__(
+        self, file: MappedFile, shape: tuple[int, ...], dtype: str, extents: Sequence[Extent]
+    ) -> None:
         self.shape, self.dtype = shape, dtype
         self._file, self._extents = file, tuple(extents)
 

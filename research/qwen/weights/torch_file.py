@@ -42,10 +42,21 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} not found") from None
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
-            raise CheckpointError(f"{path} is refused: it holds code, not only tensors ({_reason(error)})") from None
+            raise CheckpointError(
+                f"{path} is refused: it holds code, not only tensors ({_reason(error)})"
+            ) from None
         raise CheckpointError(f"{path} is not a torch checkpoint: {_reason(error)}") from None
     # torch reports damage with whatever its parser stumbles over.
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         raise CheckpointError(f"{path} is truncated or not a torch checkpoint: {_reason(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} does not hold a plain dictionary of tensors")
@@ -97,5 +108,3 @@ def _let_go(block: NDArray[Any]) -> None:
 def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
-
-
