@@ -72,10 +72,10 @@ $(PY):
 		echo "error: $$found cannot create an environment (Debian, Ubuntu: apt install python3.11-venv)" >&2; exit 2; }
 
 $(RUN_STAMP): setup.py | $(PY)
-	$(call install,.,MindSpore and MindFormers (about 1 GB the first time))
+	$(call install,.,MindSpore and MindFormers (3 GB on disk))
 
 $(TEST_STAMP): setup.py | $(PY)
-	$(call install,.[test],MindSpore and MindFormers and the test tools (some GB the first time))
+	$(call install,.[test],MindSpore, MindFormers and the test tools (4.5 GB on disk))
 	@touch $(RUN_STAMP)
 
 define install

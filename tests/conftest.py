@@ -8,11 +8,23 @@ os.environ.setdefault("MS_ALLOC_CONF", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"^pytestmark\b.*\bmark\.mindspore\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m "not mindspore", do not even import the files that would be deselected as a whole.
+
+    Importing them costs the seconds that the fast run is meant to save, and fails where MindSpore is absent.
+    """
+    if config.getoption("markexpr") != "not mindspore" or collection_path.suffix != ".py":
+        return None
+    return True if MARKED.search(collection_path.read_text(encoding="utf-8")) else None
 
 
 @pytest.fixture(autouse=True)
