@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections.abc import Collection, Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 import tiktoken
 
 from research.qwen.errors import PromptError, VocabularyError
+from research.qwen.text.nfc import to_nfc
 from research.qwen.text.vocabulary import (
     CONTROL_TOKENS,
     END_OF_TEXT,
@@ -142,9 +142,7 @@ class QwenTokenizer:
         Raises:
             PromptError: a disallowed string occurs, or an unknown control token is allowed.
         """
-        # normalize() returns its argument when a quick check finds it normalised.
-        if not text.isascii():
-            text = unicodedata.normalize("NFC", text)
+        text = to_nfc(text)
         allowed = self._allowed(allowed_special) if allowed_special else frozenset()
         if disallowed_special:
             self._refuse(text, disallowed_special, allowed)
