@@ -14,7 +14,7 @@ def to_nfc(text: str) -> str:
     """Return ``text`` in NFC, the same object if it is in NFC.
 
     unicodedata returns its argument quickly unless some character of it might combine; then it rebuilds
-    all. In chunks, a rare combining character costs one chunk; where they are many, distinct words are tested.
+    all. In chunks, a rare combining character costs one chunk; where many are, distinct words are tested.
     """
     if len(text) <= 2 * _CHUNK:
         return unicodedata.normalize("NFC", text)
