@@ -2,19 +2,22 @@
 
     python scripts/make_fixtures.py --golden DIR [--out tests/fixtures]
 
-The golden data is 25 MB; the tests need the same facts in less than 6 MB, so this script keeps every id array and
-every layer trace, and reduces only what repeats itself:
+The golden data is 25 MB; the tests need the same facts in less than 6 MB, so this script keeps every id array
+and every layer trace, and reduces only what repeats itself:
 
-* logits keep the columns ``::vocab_stride`` (an int in the same .npz); ``<name>_argmax`` and ``<name>_max`` keep the winner of the
+* logits keep the columns ``::vocab_stride`` (an int in the same .npz); ``<name>_argmax`` and ``<name>_max``
+keep the winner of the
   whole row. A test compares ``logits[..., ::vocab_stride]`` and the argmax.
 * cached keys of longctx keep the positions ``::key_stride``.
-* the two models with a large vocabulary keep the rows of wte and lm_head that a golden run reads; the others are zero (a
-  zero row of lm_head gives logit 0). ``kept_ids`` holds the rows kept in lm_head. For full_vocab_bf16 the logsumexp arrays
-  are dropped, and ``text0_last_logits`` holds the columns ``kept_ids`` only.
-* a model whose files shrink under xz is stored as ``model.tar.xz`` (``tests.fixtures_util.model_folder`` unpacks it).
+* the two models with a large vocabulary keep the rows of wte and lm_head that a golden run reads; the others
+are zero (a
+  zero row of lm_head gives logit 0). ``kept_ids`` holds the rows kept in lm_head. For full_vocab_bf16 the
+  logsumexp arrays are dropped, and ``text0_last_logits`` holds the columns ``kept_ids`` only.
+* a model whose files shrink under xz is stored as ``model.tar.xz`` (``tests.fixtures_util.model_folder``
+unpacks it).
 
-The pruning is proved here: on the pruned weights every golden greedy run is repeated and must give the same ids, each with a
-logit above 1. Needs torch and safetensors.
+The pruning is proved here: on the pruned weights every golden greedy run is repeated and must give the same
+ids, each with a logit above 1. Needs torch and safetensors.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def reduce_logits(arrays: dict[str, np.ndarray], stride: int) -> dict[str, np.ndarray]:
-    """Every ``*logits`` (..., V) becomes (..., ceil(V / stride)) with ``_argmax`` and ``_max`` (...,) of the whole row beside it."""
+    """Every ``*logits`` (..., V) becomes (..., ceil(V / stride)) with ``_argmax`` and ``_max`` (...,) of the
+    whole row beside it."""
     out: dict[str, np.ndarray] = {"vocab_stride": np.int64(stride)}
     for name, value in arrays.items():
         if name.endswith("logits"):
@@ -218,7 +222,8 @@ def _forward(weights: dict, config: dict, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _ids_in(arrays: dict[str, np.ndarray]) -> set[int]:
-    """Every id of the integer arrays that hold token ids (positions and counters add a few harmless small numbers)."""
+    """Every id of the integer arrays that hold token ids (positions and counters add a few harmless small
+    numbers)."""
     return {
         int(i)
         for name, value in arrays.items()

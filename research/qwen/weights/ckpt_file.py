@@ -1,8 +1,9 @@
 """Reader of MindSpore's .ckpt: protobuf wire format of the message Checkpoint, read without MindSpore.
 
 The file is ``Checkpoint { repeated Value value = 1 }``, ``Value { string tag = 1; TensorProto tensor = 2 }``,
-``TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }``. MindSpore cuts a large
-tensor into consecutive values with the same tag, and may append ``crc_num`` and ten bytes holding a CRC-32.
+``TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }``. MindSpore cuts
+a large tensor into consecutive values with the same tag, and may append ``crc_num`` and ten bytes holding a
+CRC-32.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def _tensor(file: MappedFile, values: list[Value]) -> StoredTensor:
     have = sum(value.content.end - value.content.start for value in values)
     if have != tensor.nbytes:
         raise CheckpointError(
-            f"{file.path} is truncated or damaged: {first.tag} of shape {shape} has {have} bytes, needs {tensor.nbytes}"
+            f"{file.path} is truncated or damaged: {first.tag} of shape {shape} has {have} bytes, "
+            f"needs {tensor.nbytes}"
         )
     return tensor
 

@@ -28,7 +28,8 @@ def config_text(config: QwenConfig, dtype: str) -> str:
 
 
 def same_model(path: Path, config: QwenConfig) -> bool:
-    """Whether a config.json describes this model, the number format aside; False if it is missing or unreadable."""
+    """Whether a config.json describes this model, the number format aside; False if it is missing or
+    unreadable."""
     try:
         there = QwenConfig.from_hf_dict(read_json(path))
     except ConfigError:
@@ -82,7 +83,8 @@ def end_ids(folder: Path, config: QwenConfig) -> list[int]:
 
 
 def predict_yaml(folder: Path, config: QwenConfig, weights: str) -> str:
-    """A YAML file that runs ``weights`` (a name beside it) in MindFormers' layout; ``folder`` is the source's."""
+    """A YAML file that runs ``weights`` (a name beside it) in MindFormers' layout; ``folder`` is the
+    source's."""
     given = generation_config(folder)
     ends = end_ids(folder, config)
     pad = given.get("pad_token_id", ends[-1] if ends else 0)

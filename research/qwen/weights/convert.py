@@ -1,6 +1,8 @@
-"""Convert checkpoints between Hugging Face and MindSpore, both ways, in a few blocks of memory: ``convert_weight.py``.
+"""Convert checkpoints between Hugging Face and MindSpore, both ways, in a few blocks of memory:
+``convert_weight.py``.
 
-A tensor is read, changed in format if asked, and written block by block. Output files appear whole or not at all.
+A tensor is read, changed in format if asked, and written block by block. Output files appear whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -62,15 +64,16 @@ def convert(
     force: bool = False,
     bar: ProgressBar = silent,
 ) -> Summary:
-    """Hugging Face folder (or file) to ``target``, a .ckpt or .safetensors file, with config, vocabulary and YAML beside it.
+    """Hugging Face folder (or file) to ``target``, a .ckpt or .safetensors file, with config, vocabulary and
+    YAML beside it.
 
-    ``target`` that is a folder or ends with a slash means ``target/qwen.safetensors``. ``dtype`` None keeps every
-    tensor as stored. Peak memory above the interpreter's is a few blocks of 8 MB, whatever the size.
+    ``target`` that is a folder or ends with a slash means ``target/qwen.safetensors``. ``dtype`` None keeps
+    every tensor as stored. Peak memory above the interpreter's is a few blocks of 8 MB, whatever the size.
 
-    Raises CheckpointError: source damaged or not fitting its config; target exists; a number too large for ``dtype``;
-    no space. ConfigError: config.json missing or of another model.
+    Raises CheckpointError: source damaged or not fitting its config; target exists; a number too large for
+    ``dtype``; no space. ConfigError: config.json missing or of another model.
     """
-    checkpoint, config = _open(source)
+    checkpoint, config = open_with_config(source)
     path = target_file(target)
     if any(path.exists() and path.samefile(file) for file in checkpoint.files):
         raise CheckpointError(f"{path} is the checkpoint to read; choose another name")
@@ -87,7 +90,7 @@ def convert(
         output.write_text(yaml, companions.predict_yaml(checkpoint.folder, config, path.name))
         progress = bar(sum(tensor.nbytes for tensor in tensors))
         output.write(path.name, _filler(path.suffix, tensors, progress))
-    return _summary(path, tensors)
+    return summarise(path, tensors)
 
 
 def reverse(
@@ -103,7 +106,7 @@ def reverse(
 
     config.json is taken from beside the source unless given. Raises as ``convert`` does.
     """
-    checkpoint, config = _open(source, config_file)
+    checkpoint, config = open_with_config(source, config_file)
     tensors = planned(checkpoint, config, dtype, lambda published: published)
     with new_folder(Path(target), force, owned=is_weights_file) as output:
         output.need_space(safetensors_size(tensors) + SLACK)
@@ -111,13 +114,14 @@ def reverse(
         for name, data in companions.copied_files(checkpoint.folder).items():
             output.write_bytes(name, data)
         output.write_text("config.json", companions.config_text(config, main_dtype(tensors)))
-    return _summary(Path(target), tensors)
+    return summarise(Path(target), tensors)
 
 
 def planned(
     checkpoint: Checkpoint, config: QwenConfig, dtype: str | None, rename: Callable[[str], str]
 ) -> list[OutputTensor]:
-    """The tensors to write, in the table's order; CheckpointError if the checkpoint does not fit the config."""
+    """The tensors to write, in the table's order; CheckpointError if the checkpoint does not fit the
+    config."""
     check(checkpoint, config)
     return [
         OutputTensor(rename(name), shape, dtype or checkpoint.dtype(name), _blocks(checkpoint, name, dtype))
@@ -179,7 +183,11 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _open(source: str | Path, config_file: str | Path | None = None) -> tuple[Checkpoint, QwenConfig]:
+def open_with_config(
+    source: str | Path, config_file: str | Path | None = None
+) -> tuple[Checkpoint, QwenConfig]:
+    """A checkpoint, its checksum compared, and its config; CheckpointError or ConfigError if either is not
+    sound."""
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
@@ -200,9 +208,10 @@ def _blocks(checkpoint: Checkpoint, name: str, dtype: str | None) -> Callable[[]
             lost += infinite
             yield changed
         if lost:
+            way_out = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
             raise CheckpointError(
-                f"{name}: {lost} of {checkpoint.tensor(name).size} values are too large for {dtype} and would become "
-                f"infinite; use --dtype {'float32' if stored == 'float32' else 'bfloat16 or float32'}"
+                f"{name}: {lost} of {checkpoint.tensor(name).size} values are too large for {dtype} and would "
+                f"become infinite; use --dtype {way_out}"
             )
 
     return run
@@ -220,20 +229,17 @@ def _filler(
     return fill
 
 
-def _summary(path: Path, tensors: Sequence[OutputTensor]) -> Summary:
-    return Summary(
-        path,
-        len(tensors),
-        sum(tensor.nbytes for tensor in tensors),
-        tuple(sorted({tensor.dtype for tensor in tensors})),
-    )
+def summarise(path: Path, tensors: Sequence[OutputTensor], warnings: tuple[str, ...] = ()) -> Summary:
+    """What was written, for the last line of a run."""
+    dtypes = tuple(sorted({tensor.dtype for tensor in tensors}))
+    return Summary(path, len(tensors), sum(tensor.nbytes for tensor in tensors), dtypes, warnings)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of convert_weight.py."""
     parser = argparse.ArgumentParser(
         prog="convert_weight.py",
-        description="Convert Qwen (first generation) checkpoints: Hugging Face to MindSpore, back, or to Qwen2's layout.",
+        description="Convert Qwen (first generation): Hugging Face to MindSpore, back, or to Qwen2's layout.",
     )
     parser.add_argument(
         "--torch_ckpt_dir", metavar="DIR", help="Hugging Face folder: read, or written with --reverse"
@@ -241,7 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mindspore_ckpt_path",
         metavar="FILE",
-        help=f"MindSpore file, .ckpt or .safetensors: written, or read with --reverse (a folder: {DEFAULT_NAME} in it)",
+        help="MindSpore file, .ckpt or .safetensors: written, or read with --reverse; a folder means "
+        f"{DEFAULT_NAME} in it",
     )
     parser.add_argument("--reverse", action="store_true", help="MindSpore back to a Hugging Face folder")
     parser.add_argument("--export", choices=["qwen2"], help="write a folder for engines that know Qwen2 only")

@@ -1,6 +1,8 @@
-"""Number formats of stored tensors, their names in each file format, and exact conversion between the three floats.
+"""Number formats of stored tensors, their names in each file format, and exact conversion between the three
+floats.
 
-NumPy has no bfloat16: such a tensor is an array of its uint16 bits, and the name "bfloat16" travels beside it.
+NumPy has no bfloat16: such a tensor is an array of its uint16 bits, and the name "bfloat16" travels beside
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Format:
-    """One number format: our name, safetensors' code, MindSpore's name in a .ckpt, and the NumPy type of the bits."""
+    """One number format: our name, safetensors' code, MindSpore's name in a .ckpt, and the NumPy type of the
+    bits."""
 
     name: str
     safetensors: str

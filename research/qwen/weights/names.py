@@ -1,7 +1,8 @@
-"""The closed table of tensors: every name a Qwen checkpoint may hold and its shape. Nothing else is read or written.
+"""The closed table of tensors: every name a Qwen checkpoint may hold and its shape. Nothing else is read or
+written.
 
-MindSpore parameters carry the published names and layouts (n_out, n_in). The former MindFormers port of Qwen had
-names of its own; they are accepted on reading.
+MindSpore parameters carry the published names and layouts (n_out, n_in). The former MindFormers port of Qwen
+had names of its own; they are accepted on reading.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SHOWN = 3  # how many names an error spells out
 class Template:
     """One kind of tensor. ``{n}`` in a name is the layer number.
 
-    ``former`` names the tensors of the former port that make it up, joined along the first axis in this order.
+    ``former`` names the tensors of the former port that make it up, joined along the first axis in this
+    order.
     """
 
     published: str
@@ -145,7 +147,8 @@ def is_former(names: Iterable[str]) -> bool:
 
 
 def former_parts(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Published name -> the tensors of the former port to join for it; a name unknown there stands for itself."""
+    """Published name -> the tensors of the former port to join for it; a name unknown there stands for
+    itself."""
     parts: dict[str, tuple[str, ...]] = {}
     for name in names:
         pattern, n = _split(name)
@@ -158,12 +161,14 @@ def former_parts(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def check(checkpoint: TensorList, config: QwenConfig) -> None:
-    """Compare names, shapes and formats with the table; CheckpointError names what is missing, unexpected or wrong."""
+    """Compare names, shapes and formats with the table; CheckpointError names what is missing, unexpected or
+    wrong."""
     want, have = expected(config), checkpoint.names()
     quantised = [name for name in have if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))]
     if quantised:
         raise CheckpointError(
-            f"the checkpoint is quantised (GPTQ: {quantised[0]}, {len(quantised)} such tensors); use the unquantised one"
+            f"the checkpoint is quantised (GPTQ: {quantised[0]}, {len(quantised)} such tensors); "
+            "use the unquantised one"
         )
     problems = []
     missing = [name for name in want if name not in set(have)]

@@ -1,6 +1,8 @@
-"""Output files that appear whole or not at all: written under a ``.tmp-`` name, flushed to disk, then renamed.
+"""Output files that appear whole or not at all: written under a ``.tmp-`` name, flushed to disk, then
+renamed.
 
-An error, Ctrl-C or SIGTERM removes the temporary files; after SIGKILL they stay behind, under a name no reader takes.
+An error, Ctrl-C or SIGTERM removes the temporary files; after SIGKILL they stay behind, under a name no
+reader takes.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ TMP_MARK = ".tmp-"
 class OutputSet:
     """A group of files in one folder that become visible together, in the order they were added.
 
-    Use as a context manager: leaving it normally renames every file to its name, leaving it by an exception removes
-    them all. ``force`` allows existing files to be replaced.
+    Use as a context manager: leaving it normally renames every file to its name, leaving it by an exception
+    removes them all. ``force`` allows existing files to be replaced.
     """
 
     def __init__(self, folder: Path, force: bool = False) -> None:
@@ -72,11 +74,13 @@ class OutputSet:
         free = stat.f_bavail * stat.f_frsize
         if free < count:
             raise CheckpointError(
-                f"not enough space in {self.folder}: {size_text(count)} needed, {size_text(free)} free; free some, or write elsewhere"
+                f"not enough space in {self.folder}: {size_text(count)} needed, {size_text(free)} free; "
+                "free some, or write elsewhere"
             )
 
     def write(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
-        """Let ``fill`` write a file's contents; CheckpointError if the disk is full or the folder not writable."""
+        """Let ``fill`` write a file's contents; CheckpointError if the disk is full or the folder not
+        writable."""
         self.refuse_existing(name)
         temporary = self.folder / f"{name}{TMP_MARK}{os.getpid()}"
         self._files.append((temporary, self.folder / name))
@@ -111,8 +115,8 @@ def new_folder(
 ) -> Iterator[OutputSet]:
     """A folder that appears whole: filled under a ``.tmp-`` name beside it, then renamed.
 
-    An existing folder that is not empty is refused; with ``force`` its files are replaced one by one, after those for
-    which ``owned(name)`` is true were removed (shards of an earlier run).
+    An existing folder that is not empty is refused; with ``force`` its files are replaced one by one, after
+    those for which ``owned(name)`` is true were removed (shards of an earlier run).
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():

@@ -29,8 +29,8 @@ READERS: Mapping[str, Callable[[Path], dict[str, StoredTensor]]] = {
 class Checkpoint:
     """Tensors on disk under their published names; nothing is loaded until it is read.
 
-    ``folder`` is where config.json is expected, ``files`` what was opened, ``dropped`` the buffers of early releases
-    that were read over.
+    ``folder`` is where config.json is expected, ``files`` what was opened, ``dropped`` the buffers of early
+    releases that were read over.
     """
 
     def __init__(self, folder: Path, files: list[Path], tensors: Mapping[str, StoredTensor]) -> None:
@@ -58,7 +58,8 @@ class Checkpoint:
         return self.tensor(name).dtype
 
     def read(self, name: str) -> NDArray[Any]:
-        """The stored array, read-only; bfloat16 as its uint16 bits. Mapped without a copy from safetensors and .bin."""
+        """The stored array, read-only; bfloat16 as its uint16 bits. Mapped without a copy from safetensors
+        and .bin."""
         return self.tensor(name).read()
 
     def blocks(self, name: str) -> Iterator[NDArray[Any]]:
@@ -66,7 +67,8 @@ class Checkpoint:
         return self.tensor(name).blocks()
 
     def verify(self) -> None:
-        """Compare the checksum of a .ckpt that carries one (reads the whole file); CheckpointError if it is wrong."""
+        """Compare the checksum of a .ckpt that carries one (reads the whole file); CheckpointError if it is
+        wrong."""
         for file in self.files:
             if file.suffix == ".ckpt":
                 verify_crc(file)
@@ -75,8 +77,8 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hugging Face folder, a converted folder, or a .safetensors, .bin or .ckpt file.
 
-    In a folder, the published file names come first (safetensors before .bin), then the only file of a known type.
-    Raises CheckpointError if nothing is there, a shard is missing, or a file is damaged.
+    In a folder, the published file names come first (safetensors before .bin), then the only file of a known
+    type. Raises CheckpointError if nothing is there, a shard is missing, or a file is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,7 +109,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         names = ", ".join(file.name for file in found[:4])
         raise CheckpointError(f"{folder} holds {len(found)} checkpoints ({names}); give the path of one")
     raise CheckpointError(
-        f"{folder} holds no checkpoint: expected {SINGLE_FILES[0]}, {SINGLE_FILES[1]}, their index files, or a .ckpt"
+        f"{folder} holds no checkpoint: expected {SINGLE_FILES[0]}, {SINGLE_FILES[1]}, their index files, "
+        "or a .ckpt"
     )
 
 

@@ -1,6 +1,7 @@
 """Reader of one safetensors file: 8 bytes header length, JSON header, then the numbers, without gaps.
 
-Strict, because a damaged download must not become a model: the header has to account for every byte of the file.
+Strict, because a damaged download must not become a model: the header has to account for every byte of the
+file.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     length = int.from_bytes(file.pread(0, 8), "little")
     if length > min(MAX_HEADER, file.size - 8):
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of {file.size}); "
-            "download it again"
+            f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of "
+            f"{file.size}); download it again"
         )
     header = _parse(path, bytes(file.pread(8, length)))
     header.pop("__metadata__", None)

@@ -1,7 +1,8 @@
-"""Tensors that are still on disk: shape and format known, numbers read when asked for, whole or block by block.
+"""Tensors that are still on disk: shape and format known, numbers read when asked for, whole or block by
+block.
 
-Blocks are read into fresh buffers (pread), not through a mapping, so that a converter's resident memory stays a few
-blocks high however large the file is.
+Blocks are read into fresh buffers (pread), not through a mapping, so that a converter's resident memory stays
+a few blocks high however large the file is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Reader of torch's .bin: the one place that imports torch, and only when such a file is opened.
 
-``weights_only=True`` lets the unpickler build tensors and nothing else, so a file that carries code is refused.
+``weights_only=True`` lets the unpickler build tensors and nothing else, so a file that carries code is
+refused.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
         import torch
     except ImportError:
         raise CheckpointError(
-            f'{path.name} is a torch file and torch is not installed: run pip install ".[convert]", or use the '
-            "safetensors files of the model"
+            f'{path.name} is a torch file and torch is not installed: run pip install ".[convert]", '
+            "or use the safetensors files of the model"
         ) from None
     try:
         with path.open("rb") as stream:
@@ -71,7 +72,8 @@ class TorchTensor(StoredTensor):
         if self.dtype not in BY_NAME or tensor.layout.__str__() != "torch.strided":
             raise CheckpointError(f"{path}: {name} is of type {tensor.dtype}, {tensor.layout}; not supported")
         self.shape = tuple(int(n) for n in tensor.shape)
-        # A tensor that is a view with gaps is copied before it is read: then there are no mapped pages to let go.
+        # A tensor that is a view with gaps is copied before it is read: then there are no mapped pages to let
+        # go.
         self._tensor, self._mapped = tensor, mapped and tensor.is_contiguous()
 
     def read(self) -> NDArray[Any]:
@@ -97,7 +99,8 @@ class TorchTensor(StoredTensor):
 
 
 def _let_go(block: NDArray[Any]) -> None:
-    """Drop the mapped pages wholly inside a block from memory; they come back from the file if touched again."""
+    """Drop the mapped pages wholly inside a block from memory; they come back from the file if touched
+    again."""
     start = -(-block.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (block.ctypes.data + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)

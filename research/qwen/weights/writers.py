@@ -1,6 +1,8 @@
-"""Streaming writers of safetensors and MindSpore .ckpt: header first, then block after block, never a whole file in memory.
+"""Streaming writers of safetensors and MindSpore .ckpt: header first, then block after block, never a whole
+file in memory.
 
-MindSpore's own writer of .ckpt needs all tensors in memory; the format itself does not, so neither does this one.
+MindSpore's own writer of .ckpt needs all tensors in memory; the format itself does not, so neither does this
+one.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.errors import CheckpointError
@@ -43,7 +46,8 @@ class OutputTensor:
 def write_safetensors(
     stream: BinaryIO, tensors: Sequence[OutputTensor], metadata: Mapping[str, str], progress: Progress
 ) -> None:
-    """Write a safetensors file; the same tensors always give the same bytes. ``progress`` gets byte counts."""
+    """Write a safetensors file; the same tensors always give the same bytes. ``progress`` gets byte
+    counts."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
@@ -63,7 +67,8 @@ def write_safetensors(
 
 
 def write_ckpt(stream: BinaryIO, tensors: Sequence[OutputTensor], progress: Progress) -> None:
-    """Write MindSpore's .ckpt (see ckpt_file for the layout), with the CRC-32 that MindSpore checks on demand."""
+    """Write MindSpore's .ckpt (see ckpt_file for the layout), with the CRC-32 that MindSpore checks on
+    demand."""
     crc = 0
 
     def put(data: bytes | memoryview) -> None:
@@ -108,7 +113,9 @@ def _checked(tensor: OutputTensor) -> Iterator[memoryview]:
     """The bytes of a tensor block by block; CheckpointError if their number is not what the shape says."""
     written = 0
     for block in tensor.blocks():
-        part = memoryview(block).cast("B") if block.nbytes else memoryview(b"")
+        part = (
+            memoryview(np.ascontiguousarray(block).view(np.uint8).data) if block.nbytes else memoryview(b"")
+        )
         written += part.nbytes
         if written > tensor.nbytes:
             break
