@@ -19,10 +19,10 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """Sampling, penalties, length and stops of one request; RequestError names a bad field and its value.
 
-    ``temperature`` 0 or ``top_k`` 1 is greedy decoding. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and penalties 1, 0, 0
-    are off. ``seed`` None draws a fresh one. ``max_new_tokens`` None runs to the end of the context. ``stop`` holds
-    texts (a bare string is taken as one), ``stop_token_ids`` ids; ``ignore_eos`` switches off the model's own end
-    ids only. ``logprobs`` None reports nothing, 0 the chosen token, k also the k most likely tokens.
+    ``temperature`` 0 or ``top_k`` 1 is greedy decoding. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and penalties
+    1, 0, 0 are off. ``seed`` None draws a fresh one. ``max_new_tokens`` None runs to the end of the context.
+    ``stop`` holds texts (a bare string is taken as one), ``stop_token_ids`` ids; ``ignore_eos`` switches off
+    the model's own end ids only. ``logprobs`` None reports nothing, 0 the chosen token, k also the k best ones.
     """
 
     temperature: float = 1.0
