@@ -1,0 +1,97 @@
+"""Models and views for the tests of the ascend backend."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from research.qwen.config import QwenConfig
+from research.qwen.decode.loop import Chunk
+from research.qwen.kernels import ascend, reference
+from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.model.runtime import Runtime
+from research.qwen.weights.names import expected
+from tests.kernels.ascend_standins import standins
+
+CACHE = CacheSpec(num_blocks=48, block_size=16)
+TINY = QwenConfig(
+    vocab_size=96,
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    intermediate_size=96,
+    kv_channels=16,
+    seq_length=24,
+    max_position_embeddings=512,
+)
+
+
+class RandomWeights:
+    """A checkpoint of random float32 tensors; no reader involved."""
+
+    def __init__(self, config: QwenConfig, seed: int = 0):
+        random = np.random.default_rng(seed)
+        self.tensors = {
+            name: random.normal(0.0, 0.3, shape).astype(np.float32)
+            for name, shape in expected(config).items()
+        }
+
+    def names(self):
+        return list(self.tensors)
+
+    def dtype(self, name):
+        return "float32"
+
+    def read(self, name):
+        return self.tensors[name]
+
+
+def ascend_runtime(config=TINY, dtype="float32", ops=None, source=None, cache=CACHE, **options) -> Runtime:
+    """The Ascend model on stand-ins (float32), or with MindSpore's operators for any other dtype."""
+    if dtype == "float32" and ops is None:
+        ops = standins()
+    kernels = ascend.build(dtype, ops=ops, require_device=False, **options)
+    return Runtime.load(config, source or RandomWeights(config), kernels, cache)
+
+
+def reference_runtime(config=TINY, source=None, cache=CACHE) -> Runtime:
+    """The same model on the judge."""
+    return Runtime.load(config, source or RandomWeights(config), reference.build(), cache)
+
+
+def view(starts, q_lens, alphas=None, first_blocks=None) -> StepView:
+    """Runs whose sequences own six blocks each, unless said otherwise."""
+    first = first_blocks or [6 * i for i in range(len(starts))]
+    tables = [list(range(b, b + 6)) for b in first]
+    return StepView(starts, q_lens, alphas or [1.0] * len(starts), tables)
+
+
+PREFILL = view([0, 0], [3, 5])
+MIXED = view([4, 0, 9], [1, 6, 3])
+
+
+def graph_inputs(runtime: Runtime, step_view: StepView):
+    """What the model's graph gets for a view: ids, rows and the step."""
+    from mindspore import Tensor
+
+    total = sum(step_view.q_lens)
+    ids = Tensor.from_numpy((np.arange(total) % runtime.vocab_size).astype(np.int32))
+    rows = Tensor.from_numpy(np.arange(total, dtype=np.int32))
+    return ids, rows, *runtime.kernels.make_step(step_view, runtime.config, runtime.cache)
+
+
+def run_script(runtime: Runtime, ids: dict[str, list[int]], steps, alphas=None) -> list[np.ndarray]:
+    """Logits of every pass: ``steps`` is a list of passes, a pass a list of (sequence name, tokens to feed)."""
+    blocks = {name: list(range(12 * i, 12 * i + 12)) for i, name in enumerate(ids)}
+    done = dict.fromkeys(ids, 0)
+    out = []
+    for step in steps:
+        chunks = []
+        for name, count in step:
+            start = done[name]
+            part = ids[name][start : start + count]
+            assert len(part) == count
+            alpha = alphas[name] if alphas else runtime.rope_alpha(len(ids[name]))
+            chunks.append(Chunk(part, start, blocks[name], alpha, count))
+            done[name] += count
+        out.append(runtime.forward(chunks))
+    return out
