@@ -4,6 +4,7 @@ from research.qwen.mf.quiet import import_mindformers
 
 import_mindformers()  # before the modules below import it
 
+from research.qwen.mf.model import QwenForCausalLM  # noqa: E402
 from research.qwen.mf.tokenizer import QwenTokenizer  # noqa: E402
 
-__all__ = ["QwenTokenizer"]
+__all__ = ["QwenForCausalLM", "QwenTokenizer"]

@@ -53,8 +53,7 @@ class QwenTokenizer(PreTrainedTokenizer):
         RequestError: a chat template other than ChatML.
     """
 
-    vocab_files_names = {"vocab_file": VOCAB_NAME}
-    VOCAB_FILES = {"vocab_file": VOCAB_NAME}
+    vocab_files_names: dict[str, str] = {}  # from_pretrained finds it; MindFormers would demand it in YAML
     FILE_LIST = [CONFIG_NAME]
     model_input_names = ["input_ids", "attention_mask"]
     _support_list: list[str] = []
@@ -74,7 +73,7 @@ class QwenTokenizer(PreTrainedTokenizer):
         if chat_template not in (None, chatml.CHAT_TEMPLATE):
             raise RequestError("chat_template: this tokenizer renders ChatML only; leave it out")
         # The base class asks for the vocabulary while it is being initialised.
-        self.pure = PureTokenizer(vocab_file, extra_vocab_file=extra_vocab_file, errors=errors)
+        self.pure = PureTokenizer(vocab_file or None, extra_vocab_file=extra_vocab_file, errors=errors)
         self.special_tokens = self.pure.special_tokens
         self.eod_id, self.im_start_id, self.im_end_id = (
             self.pure.eod_id,
