@@ -210,8 +210,8 @@ def _blocks(checkpoint: Checkpoint, name: str, dtype: str | None) -> Callable[[]
         if lost:
             way_out = "float32" if dtype == "bfloat16" else "bfloat16 or float32"
             raise CheckpointError(
-                f"{name}: {lost} of {checkpoint.tensor(name).size} values are too large for {dtype} and would "
-                f"become infinite; use --dtype {way_out}"
+                f"{name}: {lost} of {checkpoint.tensor(name).size} values are too large for {dtype}: they "
+                f"would become infinite; use --dtype {way_out}"
             )
 
     return run
