@@ -76,7 +76,8 @@ def test_end_token(case):
     _, engine, golden = case
     eos = int(golden["eos_token"])
     prompt = list(golden["prompt1_ids"])
-    result = engine.generate([prompt], SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[eos]))[0]
+    params = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[eos], ignore_eos=True)
+    result = engine.generate([prompt], params)[0]
     np.testing.assert_array_equal(prompt + result.ids, golden["eos_ids"])
     assert result.finish_reason == "stop"
 
@@ -106,7 +107,8 @@ def test_batch_end_token(case):
     """A finished row just ends; the published code fills it with id 0."""
     _, engine, golden = case
     rows = [ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)]
-    params = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[int(golden["batch_eos_token"])])
+    eos = int(golden["batch_eos_token"])
+    params = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[eos], ignore_eos=True)
     width = golden["batch_ids"].shape[1]
     for i, result in enumerate(engine.generate([list(row) for row in rows], params)):
         want = list(golden["batch_eos_ids"][i, width:])
