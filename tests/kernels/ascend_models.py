@@ -80,7 +80,7 @@ def graph_inputs(runtime: Runtime, step_view: StepView):
 
 
 def run_script(runtime: Runtime, ids: dict[str, list[int]], steps, alphas=None) -> list[np.ndarray]:
-    """Logits of every pass: ``steps`` is a list of passes, a pass a list of (sequence name, tokens to feed)."""
+    """Logits of every pass: ``steps`` is a list of passes, a pass a list of (sequence, tokens to feed)."""
     blocks = {name: list(range(12 * i, 12 * i + 12)) for i, name in enumerate(ids)}
     done = dict.fromkeys(ids, 0)
     out = []

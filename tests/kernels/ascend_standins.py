@@ -1,9 +1,9 @@
 """CPU stand-ins for the six fused Ascend operators: plain operators, written from the public contract.
 
 They take the real constructor arguments and inputs in the real order, so a model graph built with them is the
-Ascend graph but for the kernels. They compute in float32, whatever their dtype. What they get is checked: dtypes
-and ranks when a graph is compiled, and with ``eager=True`` (PYNATIVE) also every dimension and the values that
-the contract limits.
+Ascend graph but for the kernels. They compute in float32, whatever their dtype. What they get is checked:
+dtypes and ranks when a graph is compiled, and with ``eager=True`` (PYNATIVE) also every dimension and the
+values that the contract limits.
 """
 
 from __future__ import annotations

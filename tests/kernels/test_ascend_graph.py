@@ -1,4 +1,4 @@
-"""The Ascend graphs pass MindSpore's front end on CPU, hold exactly the fused operators, and stop at kernels."""
+"""The Ascend graphs pass the front end on CPU, hold exactly the fused operators, and stop at the kernels."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_golden_logits(name):
 
 
 def test_golden_logits_in_float16():
-    """Weights stored as bfloat16; float16 weights, activations and cache: the tolerance of the golden data."""
+    """Weights, activations and cache in float16 (stored bfloat16): the tolerance of the golden data."""
     folder, golden = model_folder("st_new_bf16"), load("st_new_bf16")
     config = QwenConfig.from_folder(folder)
     source = open_checkpoint(folder)
