@@ -22,6 +22,13 @@ def data_folder(name: str) -> Path:
     return Path(full) / ("longctx" if name == "longctx" else f"models/{name}")
 
 
+def weights_folder(name: str) -> Path:
+    """Config and weights of a golden model."""
+    if not os.environ.get("QWEN_GOLDEN"):
+        return fixtures_util.model_folder(name)
+    return data_folder(name) / "model" if name == "longctx" else data_folder(name)
+
+
 def load(name: str, file: str = "golden.npz") -> dict[str, Any]:
     """Arrays of one .npz by name."""
     with np.load(data_folder(name) / file) as archive:

@@ -9,8 +9,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
 from research.qwen.decode.params import SamplingParams
 from research.qwen.engine import Engine
-from tests.fixtures_util import model_folder
-from tests.model.golden import BACKENDS, TOLERANCE, assert_logits, load
+from tests.model.golden import BACKENDS, TOLERANCE, assert_logits, load, weights_folder
 
 pytestmark = pytest.mark.mindspore
 MODELS = ("st_new_bf16", "bin_old_fp16", "bin_sharded_fp32")
@@ -21,7 +20,7 @@ REPEAT = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True, repet
 @pytest.fixture(scope="module", params=[(b, m) for b in BACKENDS for m in MODELS], ids="-".join)
 def case(request):
     backend, name = request.param
-    return name, Engine.from_pretrained(model_folder(name), backend=backend, num_blocks=96), load(name)
+    return name, Engine.from_pretrained(weights_folder(name), backend=backend, num_blocks=96), load(name)
 
 
 def prompts(golden):
@@ -133,7 +132,7 @@ def test_one_graph_for_everything(case):
 
 def test_config_naming(case):
     name, engine, _ = case
-    assert engine.lm.config == QwenConfig.from_folder(model_folder(name))
+    assert engine.lm.config == QwenConfig.from_folder(weights_folder(name))
 
 
 def test_layer_trace(case):

@@ -10,8 +10,7 @@ import pytest
 from research.qwen.decode.loop import Chunk
 from research.qwen.decode.params import SamplingParams
 from research.qwen.engine import Engine
-from tests.fixtures_util import model_folder
-from tests.model.golden import BACKENDS, TOLERANCE, assert_logits, load
+from tests.model.golden import BACKENDS, TOLERANCE, assert_logits, load, weights_folder
 
 pytestmark = pytest.mark.mindspore
 VARIANTS = [(ntk, logn) for ntk in (0, 1) for logn in (0, 1)]
@@ -21,7 +20,7 @@ BLOCKS = list(range(40))
 @pytest.fixture(scope="module", params=BACKENDS)
 def engines(request):
     """One engine a backend; the two switches live in the host-side tables, so they can be turned on one model."""
-    return Engine.from_pretrained(model_folder("longctx"), backend=request.param, num_blocks=80)
+    return Engine.from_pretrained(weights_folder("longctx"), backend=request.param, num_blocks=80)
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: f"ntk{v[0]}-logn{v[1]}")
