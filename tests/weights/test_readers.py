@@ -125,7 +125,11 @@ def _header(path: Path, header: object, data: bytes) -> Path:
 
 
 def _entry(begin: int, end: int, shape: object = None, dtype: str = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+    return {
+        "dtype": dtype,
+        "shape": [(end - begin) // 4] if shape is None else shape,
+        "data_offsets": [begin, end],
+    }
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,16 @@ def test_shards_without_their_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 1}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": "../x.safetensors"}}',
+        '{"weight_map": {"a": 1}}',
+    ],
 )
 def test_a_damaged_index(text: str, tmp_path: Path) -> None:
     folder = copy_model("st_new_bf16", tmp_path / "m")
@@ -266,7 +279,9 @@ def test_checkpoints_of_the_former_port_are_understood(tmp_path: Path) -> None:
     path = write(tmp_path / "old.ckpt", former)
     assert_same(tensors_of(path), published)
     name = "transformer.h.1.attn.c_attn.weight"
-    assert np.array_equal(np.concatenate(list(open_checkpoint(path).blocks(name))), published[name][1].ravel())
+    assert np.array_equal(
+        np.concatenate(list(open_checkpoint(path).blocks(name))), published[name][1].ravel()
+    )
     del former["transformer.layers.1.attention.wk.bias"]
     with pytest.raises(CheckpointError, match="lacks transformer.layers.1.attention.wk.bias"):
         open_checkpoint(write(tmp_path / "broken.ckpt", former))

@@ -60,7 +60,9 @@ def single_file_model(folder: Path, change: Callable[[Tensors], Tensors] = lambd
     return folder
 
 
-def assert_same(left: Mapping[str, tuple[str, NDArray[Any]]], right: Mapping[str, tuple[str, NDArray[Any]]]) -> None:
+def assert_same(
+    left: Mapping[str, tuple[str, NDArray[Any]]], right: Mapping[str, tuple[str, NDArray[Any]]]
+) -> None:
     """Same names, formats and bits."""
     assert set(left) == set(right)
     for name, (dtype, array) in left.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def read_torch(path: Path) -> dict[str, StoredTensor]:
     try:
         with path.open("rb") as stream:
             mapped = stream.read(4) == ZIP_MAGIC
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol; what matters becomes an error
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise CheckpointError(f"{path} not found") from None
     except pickle.UnpicklingError as error:
