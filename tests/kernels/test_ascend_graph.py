@@ -153,7 +153,7 @@ for start in (0, 4):
     try:
         runtime.forward([Chunk([1, 2, 3], start, [0, 1], 1.0, 1)])
     except Exception as error:
-        print(start, str(error).splitlines()[0])
+        print(start, " ".join(str(error).split()))
 """
 
 
