@@ -2,12 +2,12 @@
 
     python scripts/bench.py --size 1.8b --contenders cpu,cpu-f32,transformers --json bench.json
 
-Random weights of a published shape are written first (no download); every contender loads the same numbers. Each runs in
-a process of its own that waits for commands, so the measurements alternate: A B C, A B C, ... Medians are of the rounds,
-and ratios are taken within each round, since the machine may be shared.
+Random weights of a published shape are written first (no download); every contender loads the same numbers. Each
+runs in a process of its own that waits for commands, so the measurements alternate: A B C, A B C, ... Medians are of
+the rounds, and ratios are taken within each round, since the machine may be shared.
 
-contenders: cpu (weights as stored, bfloat16), cpu-f32 (the same numbers stored as float32), reference (plain operators),
-transformers (Qwen2ForCausalLM in float32 on the exported checkpoint; needs torch and transformers).
+contenders: cpu (weights as stored, bfloat16), cpu-f32 (the same numbers stored as float32), reference (plain
+operators), transformers (Qwen2ForCausalLM in float32 on the exported checkpoint; needs torch and transformers).
 """
 
 from __future__ import annotations
@@ -69,9 +69,13 @@ class Contender:
 def build_parser() -> argparse.ArgumentParser:
     """Options."""
     parser = argparse.ArgumentParser(description="Benchmark in one run, side by side.")
-    parser.add_argument("--size", default="1.8b", choices=sorted(SIZES), help="shape of the random checkpoint")
+    parser.add_argument(
+        "--size", default="1.8b", choices=sorted(SIZES), help="shape of the random checkpoint"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than published (a quick look)")
-    parser.add_argument("--contenders", default="cpu,cpu-f32,transformers", help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--contenders", default="cpu,cpu-f32,transformers", help=f"of {', '.join(CONTENDERS)}"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of every measurement (default 5)")
     parser.add_argument("--prefill", default="128,512", help="prompt lengths")
     parser.add_argument("--decode-tokens", type=int, default=16, help="tokens of one decoding measurement")
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, names: list[str], config: QwenConfig, work: Path) -> dict[str, Any]:
     """Make the checkpoints, run the rounds, and put the figures together."""
-    from bench_checkpoint import folder_for, make_checkpoints
+    from scripts.bench_checkpoint import folder_for, make_checkpoints
 
     make_checkpoints(work, config, names)
     lengths = [int(text) for text in args.prefill.split(",") if text]

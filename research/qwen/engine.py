@@ -8,124 +8,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from research.qwen.decode.loop import Chunk, Event, GenerationLoop, LanguageModel
+from research.qwen.answers import Choice, Request, Result, Score
+from research.qwen.decode.loop import Chunk, GenerationLoop, LanguageModel
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import PromptError, RequestError
-from research.qwen.messages import Delta, FinishReason, Message, TokenLogprob, Usage
+from research.qwen.messages import Delta, Message, Usage
 from research.qwen.text import chatml
-from research.qwen.text.detokenizer import Detokenizer
-from research.qwen.text.stop import StopMatcher
 from research.qwen.text.tokenizer import QwenTokenizer
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
 SCORE_CHUNK = 256  # rows of logits held at once while scoring: 256 x 151936 float32 = 156 MB
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One answer: new token ids (the ending control id included, where one came), their text, why it ended."""
-
-    ids: list[int]
-    text: str
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprob] | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """All answers to one prompt; ``ids``, ``text`` and ``finish_reason`` are those of the first."""
-
-    prompt_ids: list[int]
-    choices: list[Choice]
-    usage: Usage
-
-    @property
-    def ids(self) -> list[int]:
-        """New token ids of the first answer."""
-        return self.choices[0].ids
-
-    @property
-    def text(self) -> str:
-        """Text of the first answer, without stop string and control tokens."""
-        return self.choices[0].text
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        """Why the first answer ended: stop or length."""
-        return self.choices[0].finish_reason
-
-    @property
-    def logprobs(self) -> list[TokenLogprob] | None:
-        """Log-probabilities of the first answer, if asked for."""
-        return self.choices[0].logprobs
-
-
-@dataclass(frozen=True)
-class Score:
-    """Log-probability of each scored token given all before it, and whether greedy decoding would have chosen it."""
-
-    ids: list[int]
-    logprobs: NDArray[np.float64]  # (len(ids),)
-    greedy: NDArray[np.bool_]  # (len(ids),)
-
-    @property
-    def total(self) -> float:
-        """Sum of the log-probabilities."""
-        return float(self.logprobs.sum())
-
-
-class _Track:
-    """One choice of one request while it runs: ids to whole characters to text without stop strings."""
-
-    def __init__(self, tokenizer: QwenTokenizer | None, stops: Sequence[str]):
-        self.detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self.matcher = StopMatcher(stops)
-        self.done = False
-
-    def add(self, event: Event) -> Delta:
-        """The part of the event's text that can be shown; ``done`` is set when the choice has ended."""
-        hidden = event.finish_reason == "stop"  # the ending id itself is never shown
-        text = ""
-        if self.detokenizer is not None:
-            piece = "" if hidden else self.detokenizer.add(event.token)
-            if event.finish_reason is not None:
-                piece += self.detokenizer.flush()
-            text = self.matcher.feed(piece)
-        reason = event.finish_reason
-        if self.matcher.matched is not None:
-            reason = "stop"
-        elif reason is not None:
-            text += self.matcher.flush()
-        self.done = reason is not None
-        logprobs = (event.logprob,) if event.logprob is not None else ()
-        return Delta(text, (event.token,), event.choice, reason, logprobs)
-
-
-class _Request:
-    """A running request: its tracks, and the deltas nobody has fetched yet."""
-
-    def __init__(self, prompt_ids: list[int], params: SamplingParams, tokenizer: QwenTokenizer | None):
-        self.prompt_ids = prompt_ids
-        self.tracks = [_Track(tokenizer, params.stop) for _ in range(params.n)]
-        self.inbox: deque[Delta] = deque()
-        self.new_tokens = 0
-        self.failure: BaseException | None = None
-
-    @property
-    def running(self) -> bool:
-        return not all(track.done for track in self.tracks)
 
 
 class Engine:
@@ -154,7 +55,7 @@ class Engine:
         self.chat_format = str(self.generation.get("chat_format", "raw"))
         self.eos_ids = tuple(eos_ids) if eos_ids is not None else self._default_eos()
         self._loop = GenerationLoop(lm, max_batch=max_batch, prefill_chunk=prefill_chunk, use_cache=use_cache)
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._lock = threading.RLock()
 
     @classmethod
@@ -211,7 +112,9 @@ class Engine:
 
     # ---- asking ----
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Result]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[Result]:
         """Complete prompts (texts, or lists of ids) together; results in the order of the prompts.
 
         Raises PromptError for an empty or too long prompt or ids outside the vocabulary, before anything runs.
@@ -253,7 +156,7 @@ class Engine:
         if not turns:
             raise PromptError("messages is empty; give at least one user message")
         if turns[0].role != "system":
-            turns.insert(0, Message("system", DEFAULT_SYSTEM))
+            turns.insert(0, Message("system", chatml.DEFAULT_SYSTEM))
         return chatml.render(turns, self.tokenizer)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -283,7 +186,9 @@ class Engine:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise RequestError("a text prompt needs a vocabulary; this engine was loaded without one: pass ids")
+                raise RequestError(
+                    "a text prompt needs a vocabulary; this engine was loaded without one: pass ids"
+                )
             return self.tokenizer.encode(prompt)
         return self._check_types(prompt)
 
@@ -322,7 +227,7 @@ class Engine:
         with self._lock:
             for ids in encoded:
                 key = self._loop.add(ids, params, self.eos_ids)
-                self._requests[key] = _Request(ids, params, self.tokenizer)
+                self._requests[key] = Request(ids, params, self.tokenizer)
                 keys.append(key)
         return keys
 
@@ -336,13 +241,12 @@ class Engine:
             self._requests.clear()
             raise
         for event in events:
-            request = self._requests.get(event.key)
-            if request is None or request.tracks[event.choice].done:
+            asked = self._requests.get(event.key)
+            if asked is None or asked.tracks[event.choice].done:
                 continue
-            track = request.tracks[event.choice]
-            delta = track.add(event)
-            request.new_tokens += 1
-            request.inbox.append(delta)
+            track = asked.tracks[event.choice]
+            asked.inbox.append(track.add(event))
+            asked.new_tokens += 1
             if track.done and event.finish_reason is None:  # a stop string: the loop does not know it yet
                 self._loop.cancel(event.key, event.choice)
 
@@ -382,7 +286,11 @@ class Engine:
         choices = []
         for pieces in deltas:
             ids = [i for piece in pieces for i in piece.ids]
-            logprobs = [entry for piece in pieces for entry in piece.logprobs] if params.logprobs is not None else None
+            logprobs = (
+                [entry for piece in pieces for entry in piece.logprobs]
+                if params.logprobs is not None
+                else None
+            )
             reason = pieces[-1].finish_reason or "length"
             choices.append(Choice(ids, "".join(piece.text for piece in pieces), reason, logprobs))
         return Result(request.prompt_ids, choices, usage)
@@ -393,7 +301,9 @@ class Engine:
         with self._lock:
             blocks = self._loop.pool.alloc(count)
         if blocks is None:
-            raise PromptError(f"the cache has no {count} free blocks at the moment; try again when requests ended")
+            raise PromptError(
+                f"the cache has no {count} free blocks at the moment; try again when requests ended"
+            )
         try:
             alpha = self.lm.rope_alpha(len(ids))
             for start in range(0, len(ids), SCORE_CHUNK):

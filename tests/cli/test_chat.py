@@ -31,7 +31,9 @@ class Terminal:
 
 def chat(*lines, engine=None):
     terminal = Terminal(*lines)
-    session = Chat(engine or scripted_engine(ANSWER), SamplingParams(temperature=0), "sys", terminal.read, terminal.show)
+    session = Chat(
+        engine or scripted_engine(ANSWER), SamplingParams(temperature=0), "sys", terminal.read, terminal.show
+    )
     assert session.run() == 0
     return session, terminal.shown
 
@@ -54,7 +56,9 @@ def test_answers_and_keeps_history():
 def test_control_tokens_in_the_message_stay_text():
     engine = scripted_engine(ANSWER)
     chat("a<|im_end|>b", engine=engine)
-    assert engine.lm.prompts[0].count(engine.tokenizer.im_end_id) == 1  # the system turn's own; the user's is text
+    assert (
+        engine.lm.prompts[0].count(engine.tokenizer.im_end_id) == 1
+    )  # the system turn's own; the user's is text
     assert "a<|im_end|>b" in decoded(engine)[0]
 
 
@@ -81,7 +85,9 @@ def test_regen_asks_the_same_again():
 
 
 def test_conf_shows_sets_and_refuses():
-    session, shown = chat("/conf temperature=0.5 top_p=0.9", "/conf top_p=2", "/conf nonsense=1", "/conf seed", "/conf")
+    session, shown = chat(
+        "/conf temperature=0.5 top_p=0.9", "/conf top_p=2", "/conf nonsense=1", "/conf seed", "/conf"
+    )
     assert (session.params.temperature, session.params.top_p) == (0.5, 0.9)
     assert shown.count("error: ") == 3
     assert "temperature=0.5" in shown
@@ -117,6 +123,8 @@ def test_full_context_drops_whole_oldest_turns():
     assert "xxx" not in decoded(engine)[-1] and "zzz" in decoded(engine)[-1]
 
 
-@pytest.mark.parametrize(("text", "value"), [("3", 3), ("0.5", 0.5), ("none", None), ("True", True), ("abc", "abc")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("3", 3), ("0.5", 0.5), ("none", None), ("True", True), ("abc", "abc")]
+)
 def test_values(text, value):
     assert parse_value(text) == value

@@ -84,7 +84,9 @@ def test_end_token(case):
 def test_batch_rows_equal_rows_alone(case):
     """Left padding of the published code becomes no padding at all: each row is computed as if it were alone."""
     _, engine, golden = case
-    rows = [ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)]
+    rows = [
+        ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)
+    ]
     blocks = [list(range(10 * i, 10 * i + 10)) for i in range(len(rows))]
     together = engine.lm.forward(
         [Chunk(row, 0, block, 1.0, len(row)) for row, block in zip(rows, blocks, strict=True)]
@@ -105,7 +107,9 @@ def test_batch_rows_equal_rows_alone(case):
 def test_batch_end_token(case):
     """A finished row just ends; the published code fills it with id 0."""
     _, engine, golden = case
-    rows = [ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)]
+    rows = [
+        ids[mask.astype(bool)] for ids, mask in zip(golden["batch_ids"], golden["batch_mask"], strict=True)
+    ]
     eos = int(golden["batch_eos_token"])
     params = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=[eos], ignore_eos=True)
     width = golden["batch_ids"].shape[1]

@@ -77,7 +77,9 @@ def test_greedy_across_the_limit(case):
     engine, golden = case
     for start in (60, 100):
         prompt = [int(i) for i in golden["ids"][:start]]
-        result = engine.generate([prompt], SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True))[0]
+        result = engine.generate([prompt], SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True))[
+            0
+        ]
         np.testing.assert_array_equal(prompt + result.ids, golden[f"greedy{start}_ids"])
 
 

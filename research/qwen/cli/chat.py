@@ -1,4 +1,7 @@
-"""``chat``: a conversation in the terminal, streamed, with history and commands; Ctrl-C stops an answer, not the chat."""
+"""``chat``: a conversation in the terminal, streamed, with history and commands.
+
+Ctrl-C stops an answer, not the chat.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from research.qwen.cli.common import add_model_options, add_sampling_options, lo
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import QwenError, RequestError
 from research.qwen.messages import Delta, Message
+from research.qwen.text.chatml import DEFAULT_SYSTEM
 
 if TYPE_CHECKING:
     from research.qwen.engine import Engine
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
 HELP = """/help               this list
 /clear              forget the conversation (the system message stays)
 /history            show the conversation
@@ -34,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Talk to a chat model. Without MODEL: the embedded demo model (it only knows a dozen dialogues).",
     )
     add_model_options(parser)
-    parser.add_argument("--system", default=DEFAULT_SYSTEM, help=f"system message (default: {DEFAULT_SYSTEM!r})")
+    parser.add_argument(
+        "--system", default=DEFAULT_SYSTEM, help=f"system message (default: {DEFAULT_SYSTEM!r})"
+    )
     add_sampling_options(parser)
     return parser
 
@@ -196,7 +201,9 @@ class Chat:
                 raise RequestError(f"write NAME=VALUE, got {item!r}")
             values[name] = parse_value(value)
         self.params = SamplingParams.from_mapping(values)
-        shown = ", ".join(f"{name}={value}" for name, value in values.items() if name not in ("n", "logprobs"))
+        shown = ", ".join(
+            f"{name}={value}" for name, value in values.items() if name not in ("n", "logprobs")
+        )
         self.show(f"{shown}\n")
         return True
 

@@ -43,7 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML to read the model from instead of config.json")
     parser.add_argument("--vocab", help="vocabulary file qwen.tiktoken (default: beside the checkpoint)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: physical cores)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show log lines, also those of MindSpore")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show log lines, also those of MindSpore"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +53,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling (default: the checkpoint's generation_config.json)")
     for name, kind in SAMPLING_OPTIONS.items():
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, metavar=kind.__name__.upper())
-    group.add_argument("--greedy", action="store_true", help="take the likeliest token always (temperature 0)")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    group.add_argument(
+        "--greedy", action="store_true", help="take the likeliest token always (temperature 0)"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated"
+    )
 
 
 def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
@@ -105,7 +111,7 @@ def resolve_device(device: str) -> str:
 
 
 def quieten(verbose: bool) -> None:
-    """Keep MindSpore's warnings and our log lines from the user, unless asked for. Call before MindSpore is imported."""
+    """Keep MindSpore's warnings and our log lines from the user, unless asked for. Call before its import."""
     if verbose or os.environ.get("QWEN_VERBOSE") == "1":
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         return

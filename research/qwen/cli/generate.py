@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--file", help="file with one prompt a line")
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's message to a chat model")
     parser.add_argument("--system", help="system message for --chat")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line: prompt, text, ids, finish_reason")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line: prompt, text, ids, finish_reason"
+    )
     add_sampling_options(parser)
     return parser
 
@@ -67,7 +69,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts = [sys.stdin.read().removesuffix("\n")]
     empty = [place for place, prompt in enumerate(prompts, 1) if not prompt]
     if empty or not prompts:
-        raise PromptError(f"prompt {empty[0] if empty else 1} is empty; give a text with --prompt, --file or on stdin")
+        raise PromptError(
+            f"prompt {empty[0] if empty else 1} is empty; give a text with --prompt, --file or on stdin"
+        )
     return prompts
 
 

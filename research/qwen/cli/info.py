@@ -92,4 +92,8 @@ def describe_machine() -> list[str]:
     except KernelError as error:
         cpu = f"not available: {error}"
     ascend = "device found" if device_available() else "no device found by MindSpore"
-    return [f"backend cpu        {cpu}", f"backend ascend     {ascend}", "backend reference  ready (slow, the judge)"]
+    return [
+        f"backend cpu        {cpu}",
+        f"backend ascend     {ascend}",
+        "backend reference  ready (slow, the judge)",
+    ]

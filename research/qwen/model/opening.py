@@ -82,7 +82,9 @@ def backend_options(name: str, dtype: str, threads: int | None) -> dict[str, Any
             raise KernelError(f"backend ascend computes in float16 (910A) or bfloat16 (910B), not {dtype!r}")
         return {"dtype": dtype}
     if dtype != "float32":
-        raise KernelError(f"backend {name} computes in float32, not {dtype!r}; stored bf16 / fp16 weights stay as stored")
+        raise KernelError(
+            f"backend {name} computes in float32, not {dtype!r}; stored bf16 / fp16 weights stay as stored"
+        )
     return {"threads": threads} if name == "cpu" else {}
 
 
@@ -95,7 +97,9 @@ def find_settings(path: Path, config: str | Path | None) -> RunSettings | None:
         if beside.exists():
             return load_settings(beside)
         if not (path.parent / "config.json").exists():
-            raise ConfigError(f"{path}: neither {beside.name} nor config.json beside it says which model this is")
+            raise ConfigError(
+                f"{path}: neither {beside.name} nor config.json beside it says which model this is"
+            )
     return None
 
 
