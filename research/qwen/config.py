@@ -12,6 +12,17 @@ from typing import Any
 
 from research.qwen.errors import ConfigError
 
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "intermediate_size",
+    "kv_channels",
+    "seq_length",
+    "max_position_embeddings",
+)
+
 
 @dataclass(frozen=True)
 class QwenConfig:
@@ -35,17 +46,21 @@ class QwenConfig:
     torch_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "kv_channels", "seq_length"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("use_dynamic_ntk", "use_logn_attn"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.intermediate_size < 2 or self.intermediate_size % 2:
             raise ConfigError(
                 f"intermediate_size is twice the MLP width and must be even, got {self.intermediate_size}"
             )
         if self.num_heads * self.kv_channels != self.hidden_size:
             raise ConfigError(
-                f"num_heads {self.num_heads} x kv_channels {self.kv_channels} is not hidden_size {self.hidden_size}"
+                f"num_heads {self.num_heads} x kv_channels {self.kv_channels} "
+                f"is not hidden_size {self.hidden_size}"
             )
         if self.kv_channels % 2:
             raise ConfigError(f"kv_channels must be even for rotary embedding, got {self.kv_channels}")
@@ -66,14 +81,14 @@ class QwenConfig:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence (prompt and answer) in tokens; beyond seq_length quality rests on NTK and log-n."""
+        """Longest sequence (prompt and answer) in tokens; beyond seq_length it rests on NTK and log-n."""
         return max(self.seq_length, self.max_position_embeddings)
 
     @classmethod
     def from_hf_dict(cls, raw: Mapping[str, Any]) -> QwenConfig:
         """Read a published config.json, old naming (n_embd, ...) or new (hidden_size, ...).
 
-        Raises ConfigError for another model, a missing or unknown key, or a value this model family never had.
+        Raises ConfigError for another model, a missing or unknown key, or a value this family never had.
         """
         return _from_hf_dict(cls, raw)
 
@@ -113,7 +128,7 @@ class QwenConfig:
         }
 
     def to_llama_dict(self) -> dict[str, Any]:
-        """The same model in the names of MindFormers' LlamaConfig (there intermediate_size is the MLP width)."""
+        """The same model in the names of MindFormers' LlamaConfig (intermediate_size is the MLP width)."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -131,8 +146,9 @@ class QwenConfig:
 
     @classmethod
     def from_llama_dict(cls, raw: Mapping[str, Any]) -> QwenConfig:
-        """Read the keys written by to_llama_dict from a mapping that may hold more; ConfigError names a missing one."""
-        missing = [key for key in ("vocab_size", "hidden_size", "num_layers", "num_heads") if raw.get(key) is None]
+        """Read the keys to_llama_dict writes; others may be there too. ConfigError names a missing one."""
+        required = ("vocab_size", "hidden_size", "num_layers", "num_heads")
+        missing = [key for key in required if raw.get(key) is None]
         if missing:
             raise ConfigError(f"model_config lacks {', '.join(missing)}")
         if raw.get("intermediate_size") is None:
@@ -195,12 +211,13 @@ _OLD_NAMES = {
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # Keys without influence on inference: training, bookkeeping, generation defaults, switches of the other code.
 _IGNORED = frozenset(
-    "activation architectures attn_dropout_prob attn_pdrop auto_map bf16 bias_dropout_fusion bos_token_id embd_pdrop "
-    "emb_dropout_prob eos_token_id fp16 fp32 initializer_range n_inner onnx_safe pad_token_id params_dtype "
-    "resid_pdrop resid_dropout_prob softmax_in_fp32 tokenizer_class tokenizer_type transformers_version use_cache "
-    "use_cache_kernel use_cache_quantization use_flash_attn model_type _name_or_path quantization_config chat_format "
-    "max_new_tokens top_k top_p do_sample temperature repetition_penalty stop_words_ids return_dict "
-    "output_attentions output_hidden_states is_decoder _attn_implementation".split()
+    "activation architectures attn_dropout_prob attn_pdrop auto_map bf16 bias_dropout_fusion bos_token_id "
+    "embd_pdrop emb_dropout_prob eos_token_id fp16 fp32 initializer_range n_inner onnx_safe pad_token_id "
+    "params_dtype resid_pdrop resid_dropout_prob softmax_in_fp32 tokenizer_class tokenizer_type "
+    "transformers_version use_cache use_cache_kernel use_cache_quantization use_flash_attn model_type "
+    "_name_or_path quantization_config chat_format max_new_tokens top_k top_p do_sample temperature "
+    "repetition_penalty stop_words_ids return_dict output_attentions output_hidden_states is_decoder "
+    "_attn_implementation".split()
 )
 # Keys that change the computation and had one value only in every published model.
 _FIXED = {
@@ -232,8 +249,8 @@ def _from_hf_dict(cls: type[QwenConfig], raw: Mapping[str, Any]) -> QwenConfig:
     model_type = raw.get("model_type")
     if model_type != "qwen":
         raise ConfigError(
-            f"config.json: model_type is {model_type!r}, expected 'qwen' (first generation; Qwen1.5, Qwen2 and "
-            "others are different models)"
+            f"config.json: model_type is {model_type!r}, expected 'qwen' (first generation; Qwen1.5, Qwen2 "
+            "and others are different models)"
         )
     old = "n_embd" in raw
     known: dict[str, Any] = {}
@@ -246,20 +263,24 @@ def _from_hf_dict(cls: type[QwenConfig], raw: Mapping[str, Any]) -> QwenConfig:
                 known[name] = value
         elif name in _FIXED:
             if value is not None and value != _FIXED[name]:
-                raise ConfigError(f"config.json: {key} = {value!r} is not supported; Qwen has {_FIXED[name]!r}")
+                raise ConfigError(
+                    f"config.json: {key} = {value!r} is not supported; Qwen has {_FIXED[name]!r}"
+                )
         elif name not in _IGNORED:
             raise ConfigError(f"config.json: unknown key {key!r}{suggest(key, [*_PLAIN, *_OLD_NAMES])}")
     missing = [name for name in _REQUIRED if name not in known]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)} ({'old' if old else 'new'} naming)")
     fields = {_PLAIN[name]: value for name, value in known.items()}
-    fields.setdefault("kv_channels", int(fields["hidden_size"]) // max(int(fields["num_heads"]), 1))
-    fields["rotary_emb_base"] = float(fields.get("rotary_emb_base", 10000.0))
-    fields["torch_dtype"] = str(fields.get("torch_dtype", "bfloat16")).removeprefix("torch.")
     try:
+        fields.setdefault("kv_channels", int(fields["hidden_size"]) // max(int(fields["num_heads"]), 1))
+        fields["rotary_emb_base"] = float(fields.get("rotary_emb_base", 10000.0))
+        fields["torch_dtype"] = str(fields.get("torch_dtype", "bfloat16")).removeprefix("torch.")
         return cls(**fields)
-    except TypeError as error:
+    except ConfigError as error:
         raise ConfigError(f"config.json: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.json holds a value of the wrong type: {error}") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The error tree: everything a user can mend is a QwenError, shown in one line with exit code 2 (or a 4xx)."""
+"""The error tree: what a user can mend is a QwenError, shown in one line with exit code 2 (or a 4xx)."""
 
 
 class QwenError(Exception):

@@ -53,7 +53,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """One piece of a streamed answer: whole characters only; the last one carries the reason and the usage."""
+    """One piece of a streamed answer: whole characters only; the last one carries reason and usage."""
 
     text: str = ""
     ids: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
 """Rotary tables, dynamic NTK and log-n factors, in NumPy: data for every backend.
 
-Formulas as the published model computes them: angles in float32, halves layout (element i pairs with i + d/2).
+Formulas as the published model computes them: angles in float32, halves layout (i pairs with i + d/2).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from research.qwen.config import QwenConfig
 def ntk_alpha(length: int, config: QwenConfig) -> float:
     """NTK factor for a prompt of ``length`` tokens: 1 up to seq_length, 3 up to twice that, then 7, 15, ...
 
-    alpha = max(2^ceil(log2(length / seq_length) + 1) - 1, 1); chosen at the prefill of a sequence and then kept,
-    since the cached keys are already rotated with it.
+    alpha = max(2^ceil(log2(length / seq_length) + 1) - 1, 1); chosen at the prefill of a sequence and then
+    kept, since the cached keys are already rotated with it.
     """
     if not config.use_dynamic_ntk or length <= config.seq_length:
         return 1.0
@@ -56,4 +56,5 @@ def logn_factors(positions: NDArray[np.int32], config: QwenConfig) -> NDArray[np
     if not config.use_logn_attn:
         return np.ones(len(positions), np.float32)
     scaled = np.log(positions.astype(np.float64) + 1.0) / math.log(config.seq_length)
-    return np.maximum(scaled, 1.0).astype(np.float32)
+    factors: NDArray[np.float32] = np.maximum(scaled, 1.0).astype(np.float32)
+    return factors

@@ -1,7 +1,7 @@
 """The device seam: what a backend must offer. Imports no MindSpore.
 
-A backend is a factory of MindSpore cells. The graph is compiled from ``construct``, so the choice is made when the
-model is built, ``QwenModel(config, kernels)``, and nothing above this folder mentions a device.
+A backend is a factory of MindSpore cells. The graph is compiled from ``construct``, so the choice is made
+when the model is built, ``QwenModel(config, kernels)``, and nothing above this folder mentions a device.
 All activations are flattened tokens: T tokens of any number of sequences in one row dimension.
 """
 
@@ -27,7 +27,7 @@ ONE_GRAPH = "step"
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Size of the paged KV cache of every layer: (num_blocks, block_size, heads, head_dim), keys and values."""
+    """Size of each layer's paged KV cache: (num_blocks, block_size, heads, head_dim), keys and values."""
 
     num_blocks: int
     block_size: int = 16
@@ -40,7 +40,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class StepView:
-    """One forward pass as the scheduler sees it: B runs of consecutive tokens, T tokens in all (host side)."""
+    """One forward pass as the scheduler sees it: B runs of consecutive tokens, T in all (host side)."""
 
     starts: Sequence[int]  # (B,) position of the first token of each run = tokens already cached
     q_lens: Sequence[int]  # (B,) tokens of each run, each at least 1
@@ -78,9 +78,9 @@ class StepView:
 class Kernels(Protocol):
     """A backend. Cells take and return (T, width) tensors of ``activation_dtype``.
 
-    ``fmt`` names how a weight matrix is stored: float32, bfloat16 or float16 (more formats are a backend's own).
-    Parameters of the cells: linear ``weight`` (n_out, n_in) and ``bias`` (n_out,); rms_norm ``weight`` (dim,);
-    embedding ``weight`` (rows, dim).
+    ``fmt`` names how a weight matrix is stored: float32, bfloat16 or float16 (more are a backend's own).
+    Parameters of the cells: linear ``weight`` (n_out, n_in) and ``bias`` (n_out,); rms_norm ``weight``
+    (dim,); embedding ``weight`` (rows, dim).
     """
 
     name: str
@@ -120,7 +120,7 @@ class Kernels(Protocol):
         """
 
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
-        """The tensor a parameter of format ``fmt`` is set to, sharing the array's memory where that is possible."""
+        """The tensor a parameter of format ``fmt`` is set to, sharing the array's memory where possible."""
 
 
 def load_kernels(name: str, **options: Any) -> Kernels:
