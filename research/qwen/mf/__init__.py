@@ -6,5 +6,8 @@ import_mindformers()  # before the modules below import it
 
 from research.qwen.mf.model import QwenForCausalLM  # noqa: E402
 from research.qwen.mf.tokenizer import QwenTokenizer  # noqa: E402
+from research.qwen.mf.trainer import repair_predict  # noqa: E402
+
+repair_predict()
 
 __all__ = ["QwenForCausalLM", "QwenTokenizer"]

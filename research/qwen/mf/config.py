@@ -15,7 +15,9 @@ from research.qwen.errors import ConfigError
 from research.qwen.settings import END_OF_TEXT, RunSettings, settings_from_mapping, validate
 
 WHERE = "LlamaConfig"
-_SET_BY_MINDFORMERS = frozenset(("parallel_config", "moe_config", "name_or_path", "mindformers_version", "model_type"))
+_SET_BY_MINDFORMERS = frozenset(
+    "parallel_config moe_config name_or_path mindformers_version model_type disable_lazy_inline".split()
+)
 _REQUIRED = ("vocab_size", "hidden_size", "num_layers", "num_heads", "seq_length", "intermediate_size")
 _UNSUPPORTED = ("pet_config", "quant_config", "quantization_config", "quantization", "parallel_decoding_params")
 # LlamaConfig's own defaults, ids of another vocabulary: nobody meant them for the published Qwen vocabulary.

@@ -20,6 +20,8 @@ _OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits")
 _FIXED = {"num_beams": 1, "encoder_repetition_penalty": 1.0, "renormalize_logits": False, "parallel_decoding": False}
 # In a GenerationConfig without a meaning here.
 _IGNORED = ("bos_token_id", "window_size", "level", "guess_set_size")
+# What MindFormers' pipeline hands on of its own.
+_PIPELINE = frozenset("is_full_config batch_size model_name task save_file audio_processor image_processor".split())
 _KNOWN = (*_SAMPLING, *_LENGTHS, *_OUTPUTS, *_FIXED, *_IGNORED, "do_sample", "eos_token_id", "pad_token_id", "use_past")
 
 
@@ -71,6 +73,7 @@ def read_options(
 
     A keyword of None follows the defaults. Raises RequestError naming an unknown or unsupported option, or a bad value.
     """
+    given = {name: value for name, value in given.items() if name not in _PIPELINE}
     for name in given:
         if name not in _KNOWN:
             raise RequestError(f"generate() has no option {name!r}{suggest(str(name), list(_KNOWN))}")
