@@ -7,7 +7,6 @@ the same row computed alone, bit for bit, whatever the number of rows, threads o
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
 from research.qwen.kernels.api import CacheSpec, StepView
 from research.qwen.kernels.build import library_path
+from research.qwen.kernels.native import NativeLibrary
 from research.qwen.rope import logn_factors, rotary_tables
 
 _F32, _I32 = DataType.F32_Default, DataType.I32_Default
@@ -36,9 +36,10 @@ _FORMATS: dict[str, tuple[str, type[np.generic], Any]] = {
 class Linear(nn.Cell):  # type: ignore[misc]
     """x (T, n_in) -> x W^T + b (T, n_out); ``weight`` (n_out, n_in) is a placeholder until it is loaded."""
 
-    def __init__(self, library: Path, bias: bool, fmt: str) -> None:
+    def __init__(self, library: Path, n_in: int, n_out: int, bias: bool, fmt: str) -> None:
         super().__init__()
         suffix, dtype, kind = _format(fmt)
+        self.shape = (n_out, n_in)
         self.weight = _placeholder("weight", (1, 1), dtype)
         self.has_bias = bias
         if bias:
@@ -48,7 +49,9 @@ class Linear(nn.Cell):  # type: ignore[misc]
         )
 
     def construct(self, x: Tensor) -> Tensor:
-        """(T, n_in) float32 -> (T, n_out) float32."""
+        """(T, n_in) float32 -> (T, n_out) float32; ValueError at compilation if the weight is not loaded."""
+        if self.weight.shape != self.shape:
+            raise ValueError(f"linear weight has shape {self.weight.shape}, expected {self.shape}; load it first")
         if self.has_bias:
             return self.kernel(x, self.weight, self.bias)
         return self.kernel(x, self.weight)
@@ -57,14 +60,17 @@ class Linear(nn.Cell):  # type: ignore[misc]
 class Embedding(nn.Cell):  # type: ignore[misc]
     """ids (T,) int32 -> (T, dim) float32; ``weight`` (rows, dim) is a placeholder until it is loaded."""
 
-    def __init__(self, library: Path, fmt: str) -> None:
+    def __init__(self, library: Path, rows: int, dim: int, fmt: str) -> None:
         super().__init__()
         suffix, dtype, kind = _format(fmt)
+        self.shape = (rows, dim)
         self.weight = _placeholder("weight", (1, 1), dtype)
         self.kernel = _kernel(library, f"QwenEmbedding{suffix}", _I32, kind)
 
     def construct(self, ids: Tensor) -> Tensor:
         """(T,) int32 -> (T, dim) float32; every id must be below the number of rows."""
+        if self.weight.shape != self.shape:
+            raise ValueError(f"embedding weight has shape {self.weight.shape}, expected {self.shape}; load it first")
         return self.kernel(ids, self.weight)
 
 
@@ -128,24 +134,18 @@ class CpuKernels:
 
     def __init__(self, library: Path, threads: int) -> None:
         self._library = library
-        native = ctypes.CDLL(str(library))
-        native.QwenIsa.restype = ctypes.c_char_p
-        self.isa = native.QwenIsa().decode()
-        if not self.isa:
-            raise KernelError(
-                f"QWEN_ISA={os.environ.get('QWEN_ISA')} is not supported by this processor; "
-                "choose avx512, avx2 or base, or leave it unset"
-            )
+        native = NativeLibrary(library)
+        native.set_threads(threads)
+        self.isa = native.isa
         self.threads = threads
-        native.QwenSetThreads(threads)
 
     def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> Linear:
         """Cell x (T, n_in) -> (T, n_out); KernelError if the format is unknown."""
-        return Linear(self._library, bias, fmt)
+        return Linear(self._library, n_in, n_out, bias, fmt)
 
     def embedding(self, rows: int, dim: int, fmt: str) -> Embedding:
         """Cell ids (T,) int32 -> (T, dim) float32; KernelError if the format is unknown."""
-        return Embedding(self._library, fmt)
+        return Embedding(self._library, rows, dim, fmt)
 
     def rms_norm(self, dim: int, eps: float) -> RmsNorm:
         """Cell (T, dim) -> (T, dim)."""

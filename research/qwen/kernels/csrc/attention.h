@@ -18,20 +18,21 @@ static_assert(kKeyBlock % (kGroup * kLanes) == 0, "a key block is whole register
 
 struct Scratch {
   float *query, *keys, *scores, *sum, *peak, *mass, *factor;
-  const float** rows;
+  const float **rows, **next;  // values of the keys of this block and of the block after it
   int64_t padded;
 };
 
 static int64_t attend_size(int64_t d) {
   const int64_t padded = round_up(d, kGroup * kLanes);
   return kQueryBlock * d + d * kKeyBlock + kQueryBlock * kKeyBlock + kQueryBlock * padded + 3 * kQueryBlock +
-         2 * kKeyBlock;
+         4 * kKeyBlock;
 }
 
 static Scratch carve(float* p, int64_t d) {
   Scratch s;
   s.padded = round_up(d, kGroup * kLanes);
   s.rows = reinterpret_cast<const float**>(p), p += 2 * kKeyBlock;
+  s.next = reinterpret_cast<const float**>(p), p += 2 * kKeyBlock;
   s.scores = p, p += kQueryBlock * kKeyBlock;
   s.keys = p, p += d * kKeyBlock;
   s.sum = p, p += kQueryBlock * s.padded;
@@ -115,6 +116,10 @@ static void soften(const Scratch& s, int64_t q, int64_t seen) {
   s.peak[q] = peak;
 }
 
+INLINE void fetch(const float* p, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(p + i, 0, 2);
+}
+
 // sum[q][i ..] = sum * factor + weights x values for R queries and G vectors of dimensions, keys in order.
 template <int R, int G>
 INLINE void value_tile(const Scratch& s, int64_t q, int64_t i, int64_t keys, int64_t last) {
@@ -125,6 +130,7 @@ INLINE void value_tile(const Scratch& s, int64_t q, int64_t i, int64_t keys, int
     for (int g = 0; g < G; ++g)
       sum[r][g] = load(s.sum + (q + r) * s.padded + i + g * kLanes) * splat(s.factor[q + r]);
   for (int64_t j = 0; j < keys; ++j) {
+    if constexpr (R == 1) fetch(s.next[j] + i, G * kLanes);
     V b[G];
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) b[g] = last < kLanes ? load_part(s.rows[j] + i, last) : load(s.rows[j] + i + g * kLanes);
@@ -148,13 +154,41 @@ static void value_rows(const Scratch& s, int64_t d, int64_t q, int64_t keys) {
   for (; i < d; i += kLanes) value_tile<R, 1>(s, q, i, keys, smaller(kLanes, d - i));
 }
 
-// Finds the rows of one key block and lays its keys out as (d, kKeyBlock).
-static void gather_block(const AttentionArgs& a, const AttentionTask& t, const Scratch& s, int64_t first, int64_t keys) {
-  for (int64_t j = 0; j < keys; ++j) {
-    const int64_t offset = cache_offset(a, t, first + j);
+// Columns j .. j + 3 of the (d, kKeyBlock) layout from four keys.
+INLINE void lay_four(const float* const* key, int64_t d, float* out) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  for (; i + 4 <= d; i += 4) {
+    __m128 a = _mm_loadu_ps(key[0] + i), b = _mm_loadu_ps(key[1] + i);
+    __m128 c = _mm_loadu_ps(key[2] + i), e = _mm_loadu_ps(key[3] + i);
+    _MM_TRANSPOSE4_PS(a, b, c, e);
+    _mm_storeu_ps(out + i * kKeyBlock, a);
+    _mm_storeu_ps(out + (i + 1) * kKeyBlock, b);
+    _mm_storeu_ps(out + (i + 2) * kKeyBlock, c);
+    _mm_storeu_ps(out + (i + 3) * kKeyBlock, e);
+  }
+#endif
+  for (; i < d; ++i)
+    for (int j = 0; j < 4; ++j) out[i * kKeyBlock + j] = key[j][i];
+}
+
+// Finds the rows of one key block and lays its keys out as (d, kKeyBlock). The rows of a head lie far apart in the
+// cache, so those of the next block are fetched meanwhile: keys here, values by the last step of a lone query.
+static void gather_block(const AttentionArgs& a, const AttentionTask& t, const Scratch& s, int64_t first,
+                         int64_t last) {
+  const float* key[kKeyBlock];
+  for (int64_t j = 0; j < kKeyBlock; ++j) {
+    const int64_t offset = cache_offset(a, t, smaller(first + j, last));  // surplus columns repeat the last key
+    key[j] = a.keys + offset;
     s.rows[j] = a.values + offset;
-    const float* key = a.keys + offset;
-    for (int64_t i = 0; i < a.d; ++i) s.keys[i * kKeyBlock + j] = key[i];
+  }
+  for (int64_t j = 0; j < kKeyBlock && first + j <= last; j += 4) {
+    for (int64_t n = j; n < j + 4; ++n) {
+      const int64_t offset = cache_offset(a, t, smaller(first + kKeyBlock + n, last));
+      s.next[n] = a.values + offset;
+      fetch(a.keys + offset, a.d);
+    }
+    lay_four(key + j, a.d, s.keys + j);
   }
 }
 
@@ -171,7 +205,7 @@ static void attend(const AttentionArgs& a, const AttentionTask& t, float* scratc
   std::memset(s.keys, 0, a.d * kKeyBlock * sizeof(float));
   for (int64_t first = 0; first <= last; first += kKeyBlock) {
     const int64_t keys = smaller(kKeyBlock, last + 1 - first);
-    gather_block(a, t, s, first, keys);
+    gather_block(a, t, s, first, last);
     int64_t q = 0;
     for (; q < t.count; q += kQueryTile) {
       const bool whole = q + kQueryTile <= t.count;

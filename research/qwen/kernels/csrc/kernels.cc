@@ -8,7 +8,7 @@ namespace qwen {
 
 const Table* QWEN_TABLE() {
   static const Table table = {QWEN_NAME,     packed_size, pack_rows, panel_size, linear_direct, linear_packed,
-                              rms_norm,      swiglu,      widen,     rotate,     attend_size,   attend};
+                              rms_norm,      swiglu,      read_sum,  widen,      rotate,        attend_size, attend};
   return &table;
 }
 

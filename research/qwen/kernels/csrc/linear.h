@@ -17,17 +17,30 @@ constexpr int kTileCols = 3;
 #else
 constexpr int kTileCols = 2;
 #endif
-static_assert(kTileRows == qwen::kDirectRows, "the direct form has one tile of rows");
+constexpr int kAheadRows = 2;  // rows of the next panel fetched during one tile of the packed form
+// Columns of a tile of the direct form, which takes all rows at once.
+constexpr int direct_tile(int rows) { return rows <= kTileRows ? kTileCols : kTileCols / 2; }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// R x C dot products of length len over rows of x (stride xs) and of w (stride ws).
-template <int R, int C, class W>
-INLINE void dot_tile(const float* x, int64_t xs, const typename W::T* w, int64_t ws, int64_t len, float* out) {
+// Weights that will be needed next: some rows of a matrix, fetched while the current tile is computed. Hardware
+// prefetch stops at every page, and a slice of a row is about one page.
+struct Ahead {
+  const char* first;
+  int64_t stride;
+  int64_t bytes;  // of one weight
+};
+
+// R x C dot products of length len over rows of x (stride xs) and of w (stride ws); fetches P rows ahead.
+template <int R, int C, class W, int P>
+INLINE void dot_tile(const float* x, int64_t xs, const typename W::T* w, int64_t ws, int64_t len, const Ahead& ahead,
+                     float* out) {
   V sum[R][C] = {};
   int64_t i = 0;
   for (; i + kLanes <= len; i += kLanes) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) __builtin_prefetch(ahead.first + p * ahead.stride + i * ahead.bytes, 0, 2);
     V b[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) b[c] = W::wide(w + c * ws + i);
@@ -46,10 +59,10 @@ INLINE void dot_tile(const float* x, int64_t xs, const typename W::T* w, int64_t
       for (int c = 0; c < C; ++c) sum[r][c] = fma(a, W::wide_part(w + c * ws + i, len - i), sum[r][c]);
     }
   }
+  constexpr int kWhole = R * C / 16 * 16;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) out[r * C + c] = sum_lanes(sum[r][c]);
+  for (int i = 0; i < kWhole; i += 16) sum_each<16>(sum[0] + i, out + i);
+  if constexpr (R * C > kWhole) sum_each<R * C - kWhole>(sum[0] + kWhole, out + kWhole);
 }
 
 // The direct form: weights are read where they lie, once.
@@ -59,7 +72,10 @@ static void direct_columns(const LinearArgs& a, int64_t n0, int64_t n1) {
   for (int64_t j = n0; j + C <= n1; j += C) {
     float total[R * C], part[R * C];
     for (int64_t k = 0; k < a.k; k += kSlice) {
-      dot_tile<R, C, W>(a.x + k, a.k, w + j * a.k + k, a.k, smaller(kSlice, a.k - k), k ? part : total);
+      const int64_t here = j * a.k + k;
+      const auto* next = w + (k + kSlice < a.k ? here + kSlice : (j + 2 * C <= n1 ? (j + C) * a.k : here));
+      const Ahead ahead = {reinterpret_cast<const char*>(next), a.k * int64_t(sizeof *w), sizeof *w};
+      dot_tile<R, C, W, C>(a.x + k, a.k, w + here, a.k, smaller(kSlice, a.k - k), ahead, k ? part : total);
       if (k)
         for (int i = 0; i < R * C; ++i) total[i] += part[i];
     }
@@ -70,8 +86,8 @@ static void direct_columns(const LinearArgs& a, int64_t n0, int64_t n1) {
 
 template <int R, class W>
 static void direct_rows(const LinearArgs& a, int64_t n0, int64_t n1) {
-  const int64_t middle = n0 + (n1 - n0) / kTileCols * kTileCols;
-  direct_columns<R, kTileCols, W>(a, n0, middle);
+  const int64_t middle = n0 + (n1 - n0) / direct_tile(R) * direct_tile(R);
+  direct_columns<R, direct_tile(R), W>(a, n0, middle);
   direct_columns<R, 1, W>(a, middle, n1);
 }
 
@@ -81,7 +97,11 @@ static void direct_format(const LinearArgs& a, int64_t n0, int64_t n1) {
     case 1: return direct_rows<1, W>(a, n0, n1);
     case 2: return direct_rows<2, W>(a, n0, n1);
     case 3: return direct_rows<3, W>(a, n0, n1);
-    default: return direct_rows<4, W>(a, n0, n1);
+    case 4: return direct_rows<4, W>(a, n0, n1);
+    case 5: return direct_rows<5, W>(a, n0, n1);
+    case 6: return direct_rows<6, W>(a, n0, n1);
+    case 7: return direct_rows<7, W>(a, n0, n1);
+    default: return direct_rows<8, W>(a, n0, n1);
   }
 }
 
@@ -119,9 +139,9 @@ INLINE void pack_panel(const typename W::T* w, int64_t stride, int64_t rows, int
 
 template <int R, int C>
 INLINE void packed_tile(const LinearArgs& a, const float* x, const float* panel, int64_t padded, int64_t r, int64_t j,
-                        bool first, const float* bias) {
+                        bool first, const float* bias, const Ahead& ahead) {
   float part[R * C];
-  dot_tile<R, C, F32>(x + r * padded, padded, panel, padded, padded, part);
+  dot_tile<R, C, F32, kAheadRows>(x + r * padded, padded, panel, padded, padded, ahead, part);
   for (int i = 0; i < R; ++i)
     for (int c = 0; c < C; ++c) {
       float* to = a.y + (r + i) * a.n + j + c;
@@ -132,10 +152,15 @@ INLINE void packed_tile(const LinearArgs& a, const float* x, const float* panel,
 
 template <int C>
 static void packed_rows(const LinearArgs& a, const float* x, const float* panel, int64_t padded, int64_t j, bool first,
-                        const float* bias) {
-  int64_t r = 0;
-  for (; r + kTileRows <= a.rows; r += kTileRows) packed_tile<kTileRows, C>(a, x, panel, padded, r, j, first, bias);
-  for (; r < a.rows; ++r) packed_tile<1, C>(a, x, panel, padded, r, j, first, bias);
+                        const float* bias, Ahead ahead) {
+  const char* const start = ahead.first;
+  int64_t r = 0, fetched = 0;
+  for (; r + kTileRows <= a.rows; r += kTileRows) {
+    packed_tile<kTileRows, C>(a, x, panel, padded, r, j, first, bias, ahead);
+    fetched = smaller(fetched + kAheadRows, kTileCols - kAheadRows);
+    ahead.first = start + fetched * ahead.stride;
+  }
+  for (; r < a.rows; ++r) packed_tile<1, C>(a, x, panel, padded, r, j, first, bias, ahead);
 }
 
 // a.x is packed. For each slice of K: widen a few rows of W into the cache, then sweep over all rows of x.
@@ -147,13 +172,16 @@ static void packed_format(const LinearArgs& a, float* panel, int64_t n0, int64_t
     const float* x = a.x + a.rows * k;
     const float* bias = k + kSlice >= a.k ? a.bias : nullptr;
     int64_t j = n0;
+    Ahead ahead = {nullptr, a.k * int64_t(sizeof *w), sizeof *w};
     for (; j + kTileCols <= n1; j += kTileCols) {
       pack_panel<W>(w + j * a.k + k, a.k, kTileCols, len, padded, panel);
-      packed_rows<kTileCols>(a, x, panel, padded, j, k == 0, bias);
+      const int64_t next = j + 2 * kTileCols <= n1 ? (j + kTileCols) * a.k + k : n0 * a.k + smaller(k + kSlice, a.k - 1);
+      ahead.first = reinterpret_cast<const char*>(w + next);
+      packed_rows<kTileCols>(a, x, panel, padded, j, k == 0, bias, ahead);
     }
     for (; j < n1; ++j) {
       pack_panel<W>(w + j * a.k + k, a.k, 1, len, padded, panel);
-      packed_rows<1>(a, x, panel, padded, j, k == 0, bias);
+      packed_rows<1>(a, x, panel, padded, j, k == 0, bias, ahead);
     }
   }
 }

@@ -43,6 +43,13 @@ static void swiglu(const float* a, const float* b, float* y, int64_t i0, int64_t
   if (i < i1) store_part(y + i, gated(load_part(a + i, i1 - i), load_part(b + i, i1 - i)), i1 - i);
 }
 
+static float read_sum(const float* x, int64_t n) {
+  V sum[4] = {};
+  for (int64_t i = 0; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sum[j] = sum[j] + load(x + i + j * kLanes);
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 template <class W>
 INLINE void widen_format(const void* from, float* to, int64_t n) {
   const auto* p = static_cast<const typename W::T*>(from);

@@ -8,7 +8,7 @@ enum Format { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 constexpr int64_t kSlice = 1024;     // K is summed in slices of this many products; y = (s0 + s1) + s2 ... + bias
 constexpr int64_t kRowBlock = 256;   // rows of x that one sweep over the weights serves
-constexpr int64_t kDirectRows = 4;   // up to this many rows the weights are used where they lie
+constexpr int64_t kDirectRows = 8;   // up to this many rows the weights are used where they lie
 constexpr int64_t kKeyBlock = 64;    // keys per step of the online softmax, at absolute positions
 constexpr int64_t kQueryBlock = 64;  // queries of one attention task
 
@@ -42,6 +42,7 @@ struct Table {
   void (*linear_packed)(const LinearArgs&, float* scratch, int64_t n0, int64_t n1);
   void (*rms_norm)(const float* x, const float* w, float eps, float* y, int64_t k, int64_t r0, int64_t r1);
   void (*swiglu)(const float* a, const float* b, float* y, int64_t i0, int64_t i1);
+  float (*read_sum)(const float* x, int64_t n);                          // plain read, to measure memory
   void (*widen)(const void* from, float* to, int64_t n, int format);
   void (*rotate)(const AttentionArgs&, int64_t t0, int64_t t1);          // q to y, k and v to the cache
   int64_t (*attend_size)(int64_t d);                                     // floats of scratch per thread

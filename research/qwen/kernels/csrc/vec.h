@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -69,6 +69,39 @@ INLINE float sum_lanes(V v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
 }
+// The same sums of n <= kLanes vectors at once: out[j] = sum_lanes(v[j]), bit for bit.
+template <int N>
+INLINE void sum_each(const V* v, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (N == 8 || N == 16) {
+    __m512 a[16], b[8], c[4], d[2];
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) a[j] = (__m512)v[j];
+#pragma GCC unroll 16
+    for (int j = 0; j < N / 2; ++j)  // two vectors a register: lanes (i, i + 8)
+      b[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * j], a[2 * j + 1], 0x44),
+                           _mm512_shuffle_f32x4(a[2 * j], a[2 * j + 1], 0xee));
+#pragma GCC unroll 16
+    for (int j = 0; j < N / 4; ++j)  // four: (i, i + 4)
+      c[j] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * j], b[2 * j + 1], 0x88),
+                           _mm512_shuffle_f32x4(b[2 * j], b[2 * j + 1], 0xdd));
+#pragma GCC unroll 16
+    for (int j = 0; j < N / 8; ++j)  // eight: (i, i + 2)
+      d[j] = _mm512_add_ps(_mm512_shuffle_ps(c[2 * j], c[2 * j + 1], 0x44),
+                           _mm512_shuffle_ps(c[2 * j], c[2 * j + 1], 0xee));
+    const __m512 last = N == 16 ? d[1] : d[0];
+    float sums[16];
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_shuffle_ps(d[0], last, 0x88), _mm512_shuffle_ps(d[0], last, 0xdd)));
+    // 128-bit group g holds vectors g, g + 4, then the same of the upper eight.
+#pragma GCC unroll 16
+    for (int j = 0; j < N; ++j) out[j] = sums[(j % 4) * 4 + j / 4];
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int j = 0; j < N; ++j) out[j] = sum_lanes(v[j]);
+}
+
 INLINE V maximum(V a, V b) { return (V)(a > b ? (VI)a : (VI)b); }
 INLINE float max_lanes(V v) {
   float best = v[0];
