@@ -19,7 +19,13 @@ _SET_BY_MINDFORMERS = frozenset(
     "parallel_config moe_config name_or_path mindformers_version model_type disable_lazy_inline".split()
 )
 _REQUIRED = ("vocab_size", "hidden_size", "num_layers", "num_heads", "seq_length", "intermediate_size")
-_UNSUPPORTED = ("pet_config", "quant_config", "quantization_config", "quantization", "parallel_decoding_params")
+_UNSUPPORTED = (
+    "pet_config",
+    "quant_config",
+    "quantization_config",
+    "quantization",
+    "parallel_decoding_params",
+)
 # LlamaConfig's own defaults, ids of another vocabulary: nobody meant them for the published Qwen vocabulary.
 _FOREIGN = {"eos_token_id": 2, "pad_token_id": 0}
 
@@ -87,7 +93,15 @@ _READ = frozenset(
     "use_past batch_size block_size num_blocks do_sample top_k top_p repetition_penalty max_decode_length "
     "eos_token_id pad_token_id compute_dtype param_init_type".split()
 )
-_GENERATION = ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty", "max_length", "max_new_tokens")
+_GENERATION = (
+    "do_sample",
+    "top_k",
+    "top_p",
+    "temperature",
+    "repetition_penalty",
+    "max_length",
+    "max_new_tokens",
+)
 
 
 def _generation(values: Mapping[str, Any], run: RunSettings) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from research.qwen.weights.writers import OutputTensor, write_ckpt, write_safete
 if TYPE_CHECKING:
     from research.qwen.mf.model import QwenForCausalLM
 
-_GENERATION = ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty", "max_new_tokens", "chat_format")
+_GENERATION = (
+    "do_sample",
+    "top_k",
+    "top_p",
+    "temperature",
+    "repetition_penalty",
+    "max_new_tokens",
+    "chat_format",
+)
 
 
 def open_config(path: Path, overrides: Mapping[str, Any]) -> LlamaConfig:
@@ -46,9 +54,7 @@ def open_config(path: Path, overrides: Mapping[str, Any]) -> LlamaConfig:
 
 def save(model: QwenForCausalLM, folder: Path, name: str, hugging_face: bool) -> None:
     """Write weights and description of a model; an interrupted write leaves the folder as it was."""
-    tensors = [
-        _output(key, parameter.asnumpy()) for key, parameter in weight_parameters(model.model).items()
-    ]
+    tensors = [_output(key, parameter.asnumpy()) for key, parameter in weight_parameters(model.model).items()]
     with OutputSet(folder, force=True) as outputs:
         if hugging_face:
             outputs.write(

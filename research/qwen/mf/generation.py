@@ -39,7 +39,10 @@ def run(
         for row, prompt in enumerate(prompts):
             params = options.for_prompt(len(prompt), row)
             params, chain = _chain(params, prompt, options, custom, records[row])
-            rows[loop.add(prompt, params, options.eos_ids, processors=chain)] = row
+            key = loop.add(
+                prompt, params, options.eos_ids, stop_sequences=options.stop_words, processors=chain
+            )
+            rows[key] = row
         running = set(rows)
         while running:
             tokens: dict[int, int] = {}
@@ -66,7 +69,9 @@ def padded(prompts: Sequence[list[int]], pad_id: int) -> NDArray[np.int32]:
     return out
 
 
-def by_step(rows: Sequence[Sequence[NDArray[np.float32]]], vocab_size: int) -> tuple[NDArray[np.float32], ...]:
+def by_step(
+    rows: Sequence[Sequence[NDArray[np.float32]]], vocab_size: int
+) -> tuple[NDArray[np.float32], ...]:
     """One (B, V) array per step, as GenerateOutput holds them; zeros for a row that had ended before."""
     steps = max(len(row) for row in rows)
     blank = np.zeros(vocab_size, np.float32)
@@ -86,7 +91,9 @@ def _chain(
 ) -> tuple[SamplingParams, list[LogitsProcessor]]:
     """Processors of one row in GenerationMixin's order: penalties, minimum length, the caller's own."""
     chain: list[LogitsProcessor] = []
-    if options.logits:  # the loop penalises before any processor sees the row: take that over to record it untouched
+    if (
+        options.logits
+    ):  # the loop penalises before any processor sees the row: take that over to record it untouched
         chain.append(_recorder(record.logits))
         if params.penalised:
             chain.append(_penalty(prompt, params))
@@ -145,6 +152,8 @@ def _adapt(processor: Any) -> LogitsProcessor:
 
         return through_mindformers
     if not callable(processor):
-        raise RequestError(f"logits_processor holds {processor!r}; expected LogitsProcessor objects or callables")
+        raise RequestError(
+            f"logits_processor holds {processor!r}; expected LogitsProcessor objects or callables"
+        )
     called: LogitsProcessor = processor
     return called

@@ -88,7 +88,7 @@ class QwenForCausalLM(PreTrainedModel):
         """
         path = config.checkpoint_name_or_path if isinstance(config, LlamaConfig) else config
         if path:
-            checkpoint = open_checkpoint(path)
+            checkpoint = open_checkpoint(Path(path))
             check(checkpoint, self.shape)
             self._install(checkpoint)
 
@@ -113,7 +113,10 @@ class QwenForCausalLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_dir: str | os.PathLike[str], backend: str | None = None, **overrides: Any
+        cls,
+        pretrained_model_name_or_dir: str | os.PathLike[str],
+        backend: str | None = None,
+        **overrides: Any,
     ) -> QwenForCausalLM:
         """Load a folder of save_pretrained, a converted one (YAML and weights), or a Hugging Face folder.
 
@@ -122,7 +125,10 @@ class QwenForCausalLM(PreTrainedModel):
         return cls(folders.open_config(Path(pretrained_model_name_or_dir), overrides), backend)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], save_name: str = "mindspore_model", save_json: bool = False
+        self,
+        save_directory: str | os.PathLike[str],
+        save_name: str = "mindspore_model",
+        save_json: bool = False,
     ) -> None:
         """Write ``save_name``.ckpt and ``save_name``.yaml, both readable by from_pretrained, Trainer and
         run_qwen_7b.py; with ``save_json`` the published Hugging Face layout (config.json, model.safetensors)."""
@@ -149,6 +155,7 @@ class QwenForCausalLM(PreTrainedModel):
             seed: row i of a batch draws with seed + i.
             options: max_length, max_new_tokens, min_length, min_new_tokens, do_sample, temperature, top_k (0: off),
                 top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, eos_token_id, pad_token_id,
+                stop_words_ids (sequences of ids; an answer ends after one, which stays in it),
                 return_dict_in_generate, output_scores, output_logits. None follows the configuration.
         Returns:
             Per prompt an int32 array of prompt and new ids, without padding, the ending id included; or a
@@ -169,7 +176,8 @@ class QwenForCausalLM(PreTrainedModel):
             if streamer is not None:
                 streamer.end()  # also after an error: whoever reads the stream in another thread would wait forever
         sequences = [
-            np.asarray([*prompt, *record.ids], np.int32) for prompt, record in zip(prompts, records, strict=True)
+            np.asarray([*prompt, *record.ids], np.int32)
+            for prompt, record in zip(prompts, records, strict=True)
         ]
         if not chosen.as_dict:
             return sequences
@@ -229,7 +237,9 @@ class QwenForCausalLM(PreTrainedModel):
         runs = _split_runs(ids, valid, None if q_seq_lens is None else _array(q_seq_lens).reshape(-1))
         if block_tables is None:
             if any(len(run) != length for run, length in zip(runs, valid, strict=True)):
-                raise RequestError("a decoding step needs block_tables: it is they that say where the cache is")
+                raise RequestError(
+                    "a decoding step needs block_tables: it is they that say where the cache is"
+                )
             return Tensor.from_numpy(self._passes(runs, 1))
         chunks = [
             self._paged_chunk(run, int(length), table.tolist())

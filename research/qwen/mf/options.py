@@ -13,16 +13,42 @@ from research.qwen.config import suggest
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import PromptError, RequestError
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _OUTPUTS = ("return_dict_in_generate", "output_scores", "output_logits")
 # Known to GenerationMixin; one value is what we do anyway, any other is refused.
-_FIXED = {"num_beams": 1, "encoder_repetition_penalty": 1.0, "renormalize_logits": False, "parallel_decoding": False}
+_FIXED = {
+    "num_beams": 1,
+    "encoder_repetition_penalty": 1.0,
+    "renormalize_logits": False,
+    "parallel_decoding": False,
+}
 # In a GenerationConfig without a meaning here.
 _IGNORED = ("bos_token_id", "window_size", "level", "guess_set_size")
 # What MindFormers' pipeline hands on of its own.
-_PIPELINE = frozenset("is_full_config batch_size model_name task save_file audio_processor image_processor".split())
-_KNOWN = (*_SAMPLING, *_LENGTHS, *_OUTPUTS, *_FIXED, *_IGNORED, "do_sample", "eos_token_id", "pad_token_id", "use_past")
+_PIPELINE = frozenset(
+    "is_full_config batch_size model_name task save_file audio_processor image_processor".split()
+)
+_KNOWN = (
+    *_SAMPLING,
+    *_LENGTHS,
+    *_OUTPUTS,
+    *_FIXED,
+    *_IGNORED,
+    "do_sample",
+    "eos_token_id",
+    "pad_token_id",
+    "use_past",
+    "stop_words_ids",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,7 @@ class Options:
     as_dict: bool
     scores: bool
     logits: bool
+    stop_words: tuple[tuple[int, ...], ...]
 
     def for_prompt(self, length: int, row: int) -> SamplingParams:
         """Parameters of one row: its own length limit, and a seed of its own so that equal prompts differ.
@@ -109,7 +136,30 @@ def read_options(
         as_dict=_flag("return_dict_in_generate", values.get("return_dict_in_generate", False)),
         scores=_flag("output_scores", values.get("output_scores", False)),
         logits=_flag("output_logits", values.get("output_logits", False)),
+        stop_words=read_stop_words(values.get("stop_words_ids"), vocab_size),
     )
+
+
+def read_stop_words(given: Any, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """Sequences of ids after which an answer ends; RequestError if they are anything else. The caller's lists are
+    copied, never kept."""
+    if given is None:
+        return ()
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise RequestError(f"stop_words_ids must be a list of lists of token ids, got {given!r}")
+    words = []
+    for word in given:
+        if isinstance(word, str) or not isinstance(word, Iterable):
+            raise RequestError(
+                f"stop_words_ids must hold lists of token ids, got {word!r}; write [[id], [id, id]]"
+            )
+        ids = list(word)
+        if not ids or not all(isinstance(i, Integral) and 0 <= int(i) < vocab_size for i in ids):
+            raise RequestError(
+                f"stop_words_ids must hold non-empty lists of ids below {vocab_size}, got {ids!r}"
+            )
+        words.append(tuple(int(i) for i in ids))
+    return tuple(words)
 
 
 def read_prompts(input_ids: Any, pad_id: int, vocab_size: int, max_length: int) -> list[list[int]]:
@@ -171,7 +221,7 @@ def _flag(name: str, value: Any) -> bool:
 def _count(name: str, value: Any, low: int) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
         raise RequestError(f"{name} must be an integer of at least {low}, got {value!r}")
     return int(value)
 
@@ -179,6 +229,8 @@ def _count(name: str, value: Any, low: int) -> int | None:
 def _ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     listed = list(value) if isinstance(value, Iterable) else [value]
     for i in listed:
-        if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= i < vocab_size:
-            raise RequestError(f"{name} must hold token ids of the vocabulary of {vocab_size} rows, got {i!r}")
+        if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < vocab_size:
+            raise RequestError(
+                f"{name} must hold token ids of the vocabulary of {vocab_size} rows, got {i!r}"
+            )
     return tuple(dict.fromkeys(int(i) for i in listed))

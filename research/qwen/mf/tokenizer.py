@@ -26,7 +26,15 @@ SpecialNames = Literal["all"] | Collection[str]
 Token = bytes | str  # a control token is its name, any other its bytes
 
 CONFIG_NAME = "tokenizer_config.json"
-_SAVED = ("errors", "model_max_length", "padding_side", "truncation_side", "bos_token", "eos_token", "pad_token")
+_SAVED = (
+    "errors",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+)
 
 
 class _Tokens(list[Token]):
@@ -244,12 +252,18 @@ class QwenTokenizer(PreTrainedTokenizer):
         if file_format not in ("yaml", "json"):
             raise RequestError(f"file_format must be yaml or json, got {file_format!r}")
         if self.pure.extra_vocab_file is not None:
-            raise RequestError("a tokenizer with an additional vocabulary is saved by copying both of its files")
+            raise RequestError(
+                "a tokenizer with an additional vocabulary is saved by copying both of its files"
+            )
         files = self.save_vocabulary(save_directory)
         options = {key: str(value) if "token" in key else value for key, value in self._options().items()}
         if save_json or file_format == "json":
             target = Path(save_directory) / CONFIG_NAME
-            values = {**options, "tokenizer_class": type(self).__name__, "chat_template": chatml.CHAT_TEMPLATE}
+            values = {
+                **options,
+                "tokenizer_class": type(self).__name__,
+                "chat_template": chatml.CHAT_TEMPLATE,
+            }
             target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             target = Path(save_directory) / f"{save_name}.yaml"
@@ -304,4 +318,5 @@ def _as_message(turn: Any) -> Message:
         return turn
     if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
         raise RequestError(f"a message is a mapping with role and content (both text), got {turn!r}")
-    return Message(turn.get("role"), turn["content"])  # the renderer checks the role
+    role: Any = turn.get("role")  # the renderer checks it
+    return Message(role, turn["content"])

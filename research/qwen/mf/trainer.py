@@ -32,7 +32,12 @@ def repair_predict() -> None:
 
     @functools.wraps(original)
     def predict(
-        self: Any, config: Any = None, input_data: Any = None, network: Any = None, tokenizer: Any = None, **options: Any
+        self: Any,
+        config: Any = None,
+        input_data: Any = None,
+        network: Any = None,
+        tokenizer: Any = None,
+        **options: Any,
     ) -> Any:
         if not _is_ours(config, network):
             return original(self, config, input_data, network, tokenizer, **options)

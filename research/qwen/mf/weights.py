@@ -15,7 +15,9 @@ from research.qwen.model.loading import SMALL, is_cache
 from research.qwen.weights.names import expected
 
 # Training leaves these in a checkpoint beside the weights.
-_NO_WEIGHTS = frozenset(("global_step", "epoch_num", "step_num", "loss_scale", "scale_sense", "learning_rate"))
+_NO_WEIGHTS = frozenset(
+    ("global_step", "epoch_num", "step_num", "loss_scale", "scale_sense", "learning_rate")
+)
 _OPTIMIZER = ("adam_m.", "adam_v.", "moments.", "accu_grads.", "moment1.", "moment2.")
 
 
@@ -41,7 +43,9 @@ class ParameterSource:
     def dtype(self, name: str) -> str:
         """float32, float16 or bfloat16."""
         kind = str(self._parameters[name].dtype).lower()
-        return "bfloat16" if kind == "uint16" else kind  # bits, if mindspore.save_checkpoint wrote a model of ours
+        return (
+            "bfloat16" if kind == "uint16" else kind
+        )  # bits, if mindspore.save_checkpoint wrote a model of ours
 
     def read(self, name: str) -> NDArray[Any]:
         """The array; bfloat16 as its uint16 bits."""

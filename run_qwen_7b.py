@@ -1,0 +1,8 @@
+"""Predict with Qwen: ``python run_qwen_7b.py --config run_qwen_7b.yaml --run_mode predict --predict_data TEXT ...``."""
+
+import sys
+
+from research.qwen.run_qwen_7b import main
+
+if __name__ == "__main__":
+    sys.exit(main())
