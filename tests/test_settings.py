@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from research.qwen.config import SIZES
 from research.qwen.errors import ConfigError
 from research.qwen.settings import load_settings, settings_from_mapping, validate
+from research.qwen.weights.companions import predict_yaml
 
 MINIMAL: dict[str, Any] = {
     "run_mode": "predict",
@@ -281,3 +283,14 @@ def test_unreadable_file(tmp_path: Path, prepare: Callable[[Path], Any], message
         load_settings(path)
     assert str(path) in str(caught.value) and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_file_the_converter_writes(name: str, tmp_path: Path) -> None:
+    (tmp_path / "qwen.tiktoken").write_text("")
+    written = yaml.safe_load(predict_yaml(tmp_path, SIZES[name], "qwen.ckpt"))
+    settings = settings_from_mapping(written, "x.yaml", tmp_path)
+    assert settings.model == SIZES[name]
+    assert settings.vocab_file == tmp_path / "qwen.tiktoken"
+    assert settings.load_checkpoint == Path("qwen.ckpt")
+    assert settings.eos_ids == (151643,)
