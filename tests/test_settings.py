@@ -286,8 +286,8 @@ def test_unreadable_file(tmp_path: Path, prepare: Callable[[Path], Any], message
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_file_the_converter_writes(name: str, tmp_path: Path) -> None:
-    (tmp_path / "qwen.tiktoken").write_text("")
+def test_the_file_the_converter_writes(name: str, tmp_path: Path, published_vocab: Path) -> None:
+    (tmp_path / "qwen.tiktoken").symlink_to(published_vocab)
     written = yaml.safe_load(predict_yaml(tmp_path, SIZES[name], "qwen.ckpt"))
     settings = settings_from_mapping(written, "x.yaml", tmp_path)
     assert settings.model == SIZES[name]
