@@ -80,7 +80,7 @@ class Track:
 
     def add(self, event: Event) -> Delta:
         """The part of the event's text that can be shown; ``done`` is set when the choice has ended."""
-        hidden = event.finish_reason == "stop"  # the ending id itself is never shown
+        hidden = event.ends_text
         text = ""
         if self.detokenizer is not None:
             piece = "" if hidden else self.detokenizer.add(event.token)
