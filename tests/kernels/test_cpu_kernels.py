@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import threading
 
@@ -58,7 +59,20 @@ def unaligned(array, offset):
 
 
 def test_at_least_one_instruction_set_is_tested():
-    assert NativeLibrary(library_path()).isa in variants("x86_64")
+    assert NativeLibrary(library_path()).isa in variants(platform.machine())
+
+
+def test_unknown_instruction_set(tmp_path, monkeypatch):
+    shutil.copy(library_path(), tmp_path / "copy.so")
+    monkeypatch.setenv("QWEN_ISA", "mmx")
+    with pytest.raises(KernelError, match="QWEN_ISA=mmx"):
+        NativeLibrary(tmp_path / "copy.so")
+
+
+def test_damaged_library(tmp_path):
+    (tmp_path / "bad.so").write_bytes(b"no library")
+    with pytest.raises(KernelError, match="delete it"):
+        NativeLibrary(tmp_path / "bad.so")
 
 
 @pytest.mark.parametrize("fmt", truth.FORMATS)
@@ -80,7 +94,9 @@ def test_a_row_of_a_batch_equals_the_row_alone(native, rng, fmt):
     w = truth.stored(rng.standard_normal((37, 1100)), fmt)
     alone = np.concatenate([linear(native, x[i : i + 1], w, fmt) for i in range(70)])
     for tokens in range(1, 71):
-        np.testing.assert_array_equal(linear(native, x[:tokens], w, fmt), alone[:tokens], err_msg=f"{tokens} rows")
+        np.testing.assert_array_equal(
+            linear(native, x[:tokens], w, fmt), alone[:tokens], err_msg=f"{tokens} rows"
+        )
 
 
 def test_rows_beyond_one_block_equal_the_rows_alone(native, rng):

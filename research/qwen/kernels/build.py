@@ -20,7 +20,15 @@ from research.qwen.errors import KernelError
 
 SOURCES = Path(__file__).parent / "csrc"
 # -ffp-contract=off: the sources say where a multiply and an add are one rounding, so that all code paths agree.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default", "-pthread")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=default",
+    "-pthread",
+)
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 
@@ -88,7 +96,9 @@ def _fingerprint(compiler: str, machine: str) -> str:
 @lru_cache(maxsize=4)
 def _compiler_version(compiler: str) -> str:
     try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(f"the C++ compiler {compiler} does not run: {error}") from None
     return f"{compiler}\n{done.stdout}"
@@ -98,32 +108,46 @@ def _build(compiler: str, machine: str, target: Path) -> None:
     _log.info("building the C++ kernels with %s (once, about ten seconds)", compiler)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
-        jobs = [(SOURCES / f"{name}.cc", Path(folder) / f"{name}.o", ()) for name in ("dispatch", "pool")]
+        objects = Path(folder)
+        jobs: list[tuple[Path, Path, tuple[str, ...]]] = []
+        for name in ("dispatch", "pool"):
+            jobs.append((SOURCES / f"{name}.cc", objects / f"{name}.o", ()))
         for isa, flags in variants(machine).items():
             defines = (f"-DQWEN_TABLE=table_{isa}", f'-DQWEN_NAME="{isa}"')
-            jobs.append((SOURCES / "kernels.cc", Path(folder) / f"kernels_{isa}.o", (*flags, *defines)))
-        running = [_start([compiler, *FLAGS, *extra, "-c", str(src), "-o", str(obj)]) for src, obj, extra in jobs]
-        for process in running:
-            _finish(process)
-        library = Path(folder) / target.name
-        _finish(_start([compiler, "-shared", "-pthread", *(str(obj) for _, obj, _ in jobs), "-o", str(library)]))
+            jobs.append((SOURCES / "kernels.cc", objects / f"kernels_{isa}.o", (*flags, *defines)))
+        running = [
+            _start([compiler, *FLAGS, *extra, "-c", str(src), "-o", str(obj)]) for src, obj, extra in jobs
+        ]
+        failures = [failure for failure in map(_finish, running) if failure]
+        if failures:
+            raise KernelError(failures[0])
+        library = objects / target.name
+        failure = _finish(
+            _start([compiler, "-shared", "-pthread", *(str(o) for _, o, _ in jobs), "-o", str(library)])
+        )
+        if failure:
+            raise KernelError(failure)
         library.replace(target)
     _log.info("built %s in %.1f s", target, time.monotonic() - began)
 
 
 def _start(command: list[str]) -> tuple[list[str], subprocess.Popen[str]]:
     try:
-        return command, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return command, subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
     except OSError as error:
         raise KernelError(f"the C++ compiler {command[0]} does not run: {error.strerror}") from None
 
 
-def _finish(job: tuple[list[str], subprocess.Popen[str]]) -> None:
+def _finish(job: tuple[list[str], subprocess.Popen[str]]) -> str | None:
+    """None when the command has succeeded, else what to tell the user."""
     command, process = job
     _, message = process.communicate()
-    if process.returncode:
-        first = "\n".join(message.strip().splitlines()[:8])
-        raise KernelError(f"{command[0]} could not compile the C++ kernels (exit {process.returncode}):\n{first}")
+    if process.returncode == 0:
+        return None
+    first = "\n".join(message.strip().splitlines()[:8])
+    return f"{command[0]} could not compile the C++ kernels (exit {process.returncode}):\n{first}"
 
 
 @contextmanager

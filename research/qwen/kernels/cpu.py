@@ -51,7 +51,9 @@ class Linear(nn.Cell):  # type: ignore[misc]
     def construct(self, x: Tensor) -> Tensor:
         """(T, n_in) float32 -> (T, n_out) float32; ValueError at compilation if the weight is not loaded."""
         if self.weight.shape != self.shape:
-            raise ValueError(f"linear weight has shape {self.weight.shape}, expected {self.shape}; load it first")
+            raise ValueError(
+                f"linear weight has shape {self.weight.shape}, expected {self.shape}; load it first"
+            )
         if self.has_bias:
             return self.kernel(x, self.weight, self.bias)
         return self.kernel(x, self.weight)
@@ -70,7 +72,9 @@ class Embedding(nn.Cell):  # type: ignore[misc]
     def construct(self, ids: Tensor) -> Tensor:
         """(T,) int32 -> (T, dim) float32; every id must be below the number of rows."""
         if self.weight.shape != self.shape:
-            raise ValueError(f"embedding weight has shape {self.weight.shape}, expected {self.shape}; load it first")
+            raise ValueError(
+                f"embedding weight has shape {self.weight.shape}, expected {self.shape}; load it first"
+            )
         return self.kernel(ids, self.weight)
 
 
@@ -234,7 +238,9 @@ def check_view(view: StepView, cache: CacheSpec) -> None:
         if len(used) * cache.block_size < length:
             raise KernelError(f"{length} tokens need more than {len(table)} blocks of {cache.block_size}")
         if min(used) < 0 or max(used) >= cache.num_blocks:
-            raise KernelError(f"block ids must lie in 0..{cache.num_blocks - 1}, got {min(used)}..{max(used)}")
+            raise KernelError(
+                f"block ids must lie in 0..{cache.num_blocks - 1}, got {min(used)}..{max(used)}"
+            )
 
 
 def _format(fmt: str) -> tuple[str, type[np.generic], Any]:
@@ -253,4 +259,6 @@ def _kernel(library: Path, name: str, *inputs: Any) -> ops.Custom:
     for i in range(len(inputs)):
         registration = registration.input(i, f"x{i}")
     info = registration.output(0, "y").dtype_format(*inputs, _F32).target("CPU").get_op_info()
-    return ops.Custom(f"{library}:{name}", out_shape=None, out_dtype=ms.float32, func_type="aot", reg_info=info)
+    return ops.Custom(
+        f"{library}:{name}", out_shape=None, out_dtype=ms.float32, func_type="aot", reg_info=info
+    )

@@ -1,0 +1,140 @@
+"""Building the kernel library: where it goes, when it is rebuilt, and what a user sees when it fails."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research.qwen.errors import KernelError
+from research.qwen.kernels import build
+
+FAKE = """#!/bin/sh
+if [ "$1" = --version ]; then echo "fake {version}"; exit 0; fi
+echo run >> "{folder}/runs"
+{body}
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo library > "$2"; fi; shift; done
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A stand-in compiler that takes no time; returns a function to write it anew."""
+
+    def write(body: str = "", version: str = "1") -> Path:
+        path = tmp_path / "bin" / "fake++"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(FAKE.format(version=version, folder=tmp_path, body=body))
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        build._compiler_version.cache_clear()
+        return path
+
+    monkeypatch.setenv("CXX", str(write()))
+    monkeypatch.setenv("QWEN_CACHE_DIR", str(tmp_path / "cache"))
+    return write
+
+
+def runs(folder: Path) -> int:
+    """How often the stand-in compiler has compiled or linked."""
+    log = folder / "runs"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_built_once_and_then_found(fake, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    first = build.library_path()
+    assert first.parent == tmp_path / "cache" and first.suffix == ".so" and first.read_text() == "library\n"
+    assert "building" in caplog.text
+    count = runs(tmp_path)
+    caplog.clear()
+    assert build.library_path() == first
+    assert runs(tmp_path) == count and not caplog.records
+    assert {path.suffix for path in first.parent.iterdir()} == {".so", ".lock"}, "temporary files are gone"
+
+
+def test_another_compiler_source_or_flag_is_another_library(fake, tmp_path, monkeypatch):
+    paths = {build.library_path()}
+    fake(version="2")
+    paths.add(build.library_path())
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    paths.add(build.library_path())
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for path in build.SOURCES.iterdir():
+        (sources / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "SOURCES", sources)
+    assert build.library_path() in paths, "the place of the sources does not matter"
+    (sources / "vec.h").write_text("// changed\n")
+    paths.add(build.library_path())
+    assert len(paths) == 4
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(fake, tmp_path):
+    fake(body='echo "kernels.cc:1: error: no such thing" >&2; exit 3')
+    with pytest.raises(KernelError, match="no such thing") as caught:
+        build.library_path()
+    assert "exit 3" in str(caught.value)
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    fake()
+    assert build.library_path().exists()
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(KernelError, match=r"install g\+\+, or use the backend 'reference'"):
+        build.library_path()
+    monkeypatch.setenv("CXX", "nowhere++")
+    with pytest.raises(KernelError, match=r"CXX=nowhere\+\+"):
+        build.library_path()
+
+
+def test_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QWEN_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(KernelError, match="QWEN_CACHE_DIR"):
+        build.library_path()
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("QWEN_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "qwen-mindspore"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_folder() == tmp_path / "home" / ".cache" / "qwen-mindspore"
+    monkeypatch.setenv("QWEN_CACHE_DIR", str(tmp_path / "own"))
+    assert build.cache_folder() == tmp_path / "own"
+
+
+def test_two_processes_build_once(fake, tmp_path):
+    fake(body="sleep 0.1")
+    code = "from research.qwen.kernels.build import library_path; print(library_path())"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    answers = {process.communicate()[0] for process in started}
+    assert len(answers) == 1 and answers.pop().strip().endswith(".so")
+    assert runs(tmp_path) == 3 + len(build.variants(platform.machine())), (
+        "dispatch, pool, one a variant, one link"
+    )
+
+
+def test_no_flag_ties_the_library_to_this_processor():
+    assert set(build.variants("x86_64")) == {"base", "avx2", "avx512"}
+    assert set(build.variants("aarch64")) == {"base"}
+    flags = [*build.FLAGS, *(flag for isa in build.variants("x86_64").values() for flag in isa)]
+    assert not any(flag.startswith(("-march", "-mtune", "-ffast-math")) for flag in flags)
+
+
+def test_imports_no_mindspore():
+    code = (
+        "import sys; sys.modules['mindspore'] = None\n"
+        "import research.qwen.kernels.build, research.qwen.kernels.native, research.qwen.kernels.api"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
