@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def reduce_logits(arrays: dict[str, np.ndarray], stride: int) -> dict[str, np.ndarray]:
     """Every ``*logits`` (..., V) becomes (..., ceil(V / stride)) with ``_argmax`` and ``_max`` (...,) of the
     whole row beside it."""
-    out: dict[str, np.ndarray] = {"vocab_stride": np.int64(stride)}
+    out: dict[str, np.ndarray] = {"vocab_stride": np.array(stride)}
     for name, value in arrays.items():
         if name.endswith("logits"):
             out[f"{name}_argmax"] = value.argmax(-1).astype(np.int32)
@@ -161,7 +161,7 @@ def _longctx(source: Path, target: Path) -> None:
         for name in arrays:
             if name.endswith("_key"):
                 arrays[name] = np.ascontiguousarray(arrays[name][::KEY_STRIDE])
-        arrays["key_stride"] = np.int64(KEY_STRIDE)
+        arrays["key_stride"] = np.array(KEY_STRIDE)
         _save(target / path.name, arrays)
 
 

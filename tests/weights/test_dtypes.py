@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from research.qwen.errors import CheckpointError
@@ -30,6 +30,10 @@ def test_every_float16_survives_the_way_through_float32() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
+@example(0x3F808000)  # halfway, even below
+@example(0x3F818000)  # halfway, even above
+@example(0x3F80FFFF)
+@example(0x7F7F8000)  # halfway to infinity
 def test_rounding_to_bfloat16_takes_the_nearer_neighbour(bits: int) -> None:
     value = np.array([bits], np.uint32).view(np.float32)
     got = float32_to_bfloat16(value)
