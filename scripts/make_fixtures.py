@@ -5,16 +5,13 @@
 The golden data is 25 MB; the tests need the same facts in less than 6 MB, so this script keeps every id array
 and every layer trace, and reduces only what repeats itself:
 
-* logits keep the columns ``::vocab_stride`` (an int in the same .npz); ``<name>_argmax`` and ``<name>_max``
-keep the winner of the
-  whole row. A test compares ``logits[..., ::vocab_stride]`` and the argmax.
+* logits keep the columns ``::vocab_stride`` (an int in the same .npz); ``<name>_argmax`` and ``<name>_max`` keep
+  the winner of the whole row. A test compares ``logits[..., ::vocab_stride]`` and the argmax.
 * cached keys of longctx keep the positions ``::key_stride``.
-* the two models with a large vocabulary keep the rows of wte and lm_head that a golden run reads; the others
-are zero (a
-  zero row of lm_head gives logit 0). ``kept_ids`` holds the rows kept in lm_head. For full_vocab_bf16 the
+* the two models with a large vocabulary keep the rows of wte and lm_head that a golden run reads; the others are
+  zero (a zero row of lm_head gives logit 0). ``kept_ids`` holds the rows kept in lm_head. For full_vocab_bf16 the
   logsumexp arrays are dropped, and ``text0_last_logits`` holds the columns ``kept_ids`` only.
-* a model whose files shrink under xz is stored as ``model.tar.xz`` (``tests.fixtures_util.model_folder``
-unpacks it).
+* models that shrink under xz are stored as ``model.tar.xz``; ``tests.fixtures_util.model_folder`` unpacks them.
 
 The pruning is proved here: on the pruned weights every golden greedy run is repeated and must give the same
 ids, each with a logit above 1. Needs torch and safetensors.
