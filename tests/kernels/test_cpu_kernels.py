@@ -103,7 +103,7 @@ def test_rows_beyond_one_block_equal_the_rows_alone(native, rng):
     x = rng.standard_normal((530, 40)).astype(np.float32)
     w = rng.standard_normal((50, 40)).astype(np.float32)
     y = linear(native, x, w, "float32")
-    for i in (0, 255, 256, 511, 512, 529):
+    for i in (0, 127, 128, 511, 512, 529):
         np.testing.assert_array_equal(y[i : i + 1], linear(native, x[i : i + 1], w, "float32"))
 
 

@@ -20,6 +20,7 @@ namespace qwen {
 namespace {
 
 constexpr int64_t kSmall = 1 << 15;        // elements below which a pointwise operator stays on one thread
+constexpr int64_t kPackedColumns = 384;    // columns that share one sweep over packed x
 constexpr int64_t kPieceBytes = 256 << 10; // weights per piece of work: long streams, yet enough pieces to balance
 
 const Table* choose() {
@@ -42,16 +43,16 @@ const Table* table() {
   return chosen;
 }
 
-int64_t columns_per_piece(int64_t n, int64_t row_bytes) {
-  const int64_t by_size = kPieceBytes / (row_bytes + 1) / 12 * 12;
-  const int64_t by_count = n / (4 * threads()) / 12 * 12;
-  const int64_t piece = by_size < by_count ? by_size : by_count;
+// Columns of a piece: whole register tiles of every instruction set, at most `most`, four pieces a thread or more.
+int64_t columns_per_piece(int64_t n, int64_t most) {
+  const int64_t share = n / (4 * threads());
+  const int64_t piece = (share < most ? share : most) / 12 * 12;
   return piece < 12 ? 12 : piece;
 }
 
 int linear_block(LinearArgs a) {
-  const int64_t piece = columns_per_piece(a.n, a.k * (a.format == kF32 ? 4 : 2));
   if (a.rows <= kDirectRows) {
+    const int64_t piece = columns_per_piece(a.n, kPieceBytes / (a.k * (a.format == kF32 ? 4 : 2) + 1));
     parallel(a.n, piece, [&](int64_t n0, int64_t n1) { table()->linear_direct(a, n0, n1); });
     return 0;
   }
@@ -60,7 +61,7 @@ int linear_block(LinearArgs a) {
   parallel(a.rows, 16, [&](int64_t r0, int64_t r1) { table()->pack_rows(a, packed, r0, r1); });
   a.x = packed;
   int64_t failed = 0;
-  parallel(a.n, piece, [&](int64_t n0, int64_t n1) {
+  parallel(a.n, columns_per_piece(a.n, kPackedColumns), [&](int64_t n0, int64_t n1) {
     if (float* panel = thread_scratch(table()->panel_size())) {
       table()->linear_packed(a, panel, n0, n1);
     } else {

@@ -7,7 +7,7 @@ namespace qwen {
 enum Format { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 constexpr int64_t kSlice = 1024;     // K is summed in slices of this many products; y = (s0 + s1) + s2 ... + bias
-constexpr int64_t kRowBlock = 256;   // rows of x that one sweep over the weights serves
+constexpr int64_t kRowBlock = 128;   // rows of x that one sweep over the weights serves
 constexpr int64_t kDirectRows = 8;   // up to this many rows the weights are used where they lie
 constexpr int64_t kKeyBlock = 64;    // keys per step of the online softmax, at absolute positions
 constexpr int64_t kQueryBlock = 64;  // queries of one attention task
