@@ -25,6 +25,7 @@ class EngineLike(Protocol):
     """What is needed of an Engine (research.qwen.engine), which stands beside this surface and is not imported."""
 
     lm: LanguageModel
+    eos_ids: tuple[int, ...]
 
     def default_params(self, **changes: Any) -> SamplingParams:
         """The model's own generation defaults, with some fields changed."""
@@ -91,7 +92,8 @@ def _by_model(
     # A raw prompt may end with the pad id and mean it: name another one.
     settings = {"pad_token_id": 1 if ids[-1:] == [0] else 0, "stop_words_ids": stop_words, **options}
     settings.setdefault("eos_token_id", sorted({*ends, *model.defaults["eos_token_id"]}))
-    return [int(i) for i in model.generate(ids, streamer=streamer, **settings)[0]]
+    tokens = [int(i) for i in model.generate(ids, streamer=streamer, **settings)[0]]
+    return _without_end(tokens, len(ids), settings["eos_token_id"])
 
 
 def _by_engine(
@@ -116,7 +118,13 @@ def _by_engine(
         close = getattr(stream, "close", None)
         if close is not None:
             close()
-    return tokens
+    return _without_end(tokens, len(ids), (*ends, *engine.eos_ids))
+
+
+def _without_end(tokens: list[int], prompt_length: int, ends: int | Sequence[int]) -> list[int]:
+    """The id that ended the answer is no part of it: <|endoftext|> would be shown by name."""
+    known = (ends,) if isinstance(ends, int) else ends
+    return tokens[:-1] if len(tokens) > prompt_length and tokens[-1] in known else tokens
 
 
 def _engine_params(engine: EngineLike, prompt_length: int, options: dict[str, Any]) -> SamplingParams:

@@ -15,7 +15,7 @@ from research.qwen.errors import ConfigError
 from research.qwen.settings import END_OF_TEXT, RunSettings, settings_from_mapping, validate
 
 WHERE = "LlamaConfig"
-_SET_BY_MINDFORMERS = frozenset(
+SET_BY_MINDFORMERS = frozenset(
     "parallel_config moe_config name_or_path mindformers_version model_type disable_lazy_inline".split()
 )
 _REQUIRED = ("vocab_size", "hidden_size", "num_layers", "num_heads", "seq_length", "intermediate_size")
@@ -54,7 +54,7 @@ def given_values(config: LlamaConfig) -> dict[str, Any]:
         key: _plain(value)
         for key, value in config.to_dict().items()
         if key not in internal
-        and key not in _SET_BY_MINDFORMERS
+        and key not in SET_BY_MINDFORMERS
         and not key.startswith("_")
         and (key not in base or value != base[key] or key in _REQUIRED)
     }
@@ -75,7 +75,7 @@ def read_config(config: LlamaConfig) -> ModelSettings:
         given["type"] = "LlamaConfig"
     validate(_layout(given), WHERE)
     # Values at LlamaConfig's default count as well, now that the names are known to be right.
-    known = frozenset(given) | frozenset(_baseline()[0]) - _baseline()[1] - _SET_BY_MINDFORMERS
+    known = frozenset(given) | frozenset(_baseline()[0]) - _baseline()[1] - SET_BY_MINDFORMERS
     values = {key: _plain(everything[key]) for key in known if everything.get(key) is not None}
     if int(values["vocab_size"]) > END_OF_TEXT:
         for key, foreign in _FOREIGN.items():

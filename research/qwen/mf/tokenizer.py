@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,14 +183,25 @@ class QwenTokenizer(PreTrainedTokenizer):
         joined = b"".join(token.encode() if isinstance(token, str) else token for token in tokens)
         return joined.decode("utf-8", self.errors)
 
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        errors: str | None = None,
+    ) -> Any:
+        """Text of ids (a list, an array, a Tensor, one id), or the list of texts of several lists."""
+        listed = [int(token_ids)] if isinstance(token_ids, Integral) else token_ids
+        return super().decode(listed, skip_special_tokens, clean_up_tokenization_spaces, errors=errors)
+
     def _decode(
         self,
-        token_ids: int | Sequence[int],
+        token_ids: Sequence[int],
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,  # never: it would change what the model said
         errors: str | None = None,
     ) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else [int(i) for i in token_ids]
+        ids = [int(i) for i in token_ids]
         return self.pure.decode(ids, errors, skip_special_tokens)
 
     # ---- conversations ----

@@ -20,6 +20,7 @@ from mindformers.trainer.causal_language_modeling import CausalLanguageModelingT
 
 from research.qwen.errors import KernelError
 from research.qwen.kernels.devices import ascend_problem
+from research.qwen.mf.config import SET_BY_MINDFORMERS
 from research.qwen.mf.model import QwenForCausalLM
 from research.qwen.text.vocabulary import VOCAB_NAME
 
@@ -96,7 +97,8 @@ def _network(trainer: Any, config: Any, network: QwenForCausalLM | None, path: s
     model_config = section.model_config
     path = path or model_config.get("checkpoint_name_or_path")
     model_config.checkpoint_name_or_path = path
-    identity = repr({key: value for key, value in model_config.items() if key != "batch_size"})
+    ignored = {"batch_size", *SET_BY_MINDFORMERS}
+    identity = repr(sorted((key, str(value)) for key, value in model_config.items() if key not in ignored))
     kept = getattr(trainer, "_qwen_network", None)
     if kept is not None and kept[0] == identity:
         kept[1].config.batch_size = model_config.get("batch_size") or 1  # the pipeline compares it
