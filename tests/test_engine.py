@@ -1,4 +1,4 @@
-"""The engine on the golden model with the published vocabulary's shape: texts, streams, stops, seeds, scores, errors."""
+"""The engine on the golden model of the published vocabulary: texts, streams, stops, seeds, scores, errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def test_stop_id_is_in_ids_and_not_in_text(engine, golden):
     whole = engine.generate([prompt], GREEDY)[0]
     end = whole.ids[5]
     first = whole.ids.index(end)
-    result = engine.generate([prompt], SamplingParams(temperature=0, stop_token_ids=[end], ignore_eos=True))[0]
+    result = engine.generate([prompt], SamplingParams(temperature=0, stop_token_ids=[end], ignore_eos=True))[
+        0
+    ]
     assert result.ids == whole.ids[: first + 1]
     assert result.finish_reason == "stop"
     assert result.text == engine.tokenizer.decode(result.ids[:-1], skip_special_tokens=True)
@@ -98,7 +100,9 @@ def test_same_seed_same_text_whatever_runs_beside(engine, golden):
     alone = engine.generate([prompt], SEEDED)[0].ids
     crowd = engine.generate([prompt_ids(golden, 0), prompt, prompt_ids(golden, 1), prompt], SEEDED)
     assert crowd[1].ids == alone and crowd[3].ids == alone
-    other = engine.generate([prompt], SamplingParams(temperature=1.3, seed=8, max_new_tokens=12, ignore_eos=True))
+    other = engine.generate(
+        [prompt], SamplingParams(temperature=1.3, seed=8, max_new_tokens=12, ignore_eos=True)
+    )
     assert other[0].ids != alone
 
 

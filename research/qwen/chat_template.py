@@ -1,5 +1,4 @@
-"""Two texts that leave the program: the ChatML template and the split pattern, as other engines' tokenizers
-need them."""
+"""Constants of text and templates: the renderer uses them, and exported tokenizers carry them to other engines."""
 
 from __future__ import annotations
 
@@ -7,9 +6,8 @@ from typing import Final
 
 DEFAULT_SYSTEM: Final = "You are a helpful assistant."
 
-# For tokenizer_config.json. A tokenizer that parses control tokens in text reads them in contents, too: only
-# our
-# own renderer (text/chatml.py) keeps them apart.
+# For tokenizer_config.json. A tokenizer that parses control tokens in text reads them in contents, too: only our own
+# renderer (text/chatml.py) keeps them apart.
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"

@@ -41,9 +41,9 @@ def slow_probabilities(logits, params, prompt=(), generated=()):
                 break
         order = kept
     order = [i for i in order if weight[i] >= params.min_p]
-    full = np.zeros(len(scores))
+    full, total = np.zeros(len(scores)), sum(weight[i] for i in order)
     for i in order:
-        full[i] = weight[i] / sum(weight[j] for j in order)
+        full[i] = weight[i] / total
     return full
 
 

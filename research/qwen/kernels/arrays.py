@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.errors import CheckpointError
+from research.qwen.weights.dtypes import bfloat16_to_float32
 
 STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
@@ -17,5 +18,5 @@ def widen(array: NDArray[Any], fmt: str) -> NDArray[np.float32]:
     if fmt not in STORED:
         raise CheckpointError(f"weights of format {fmt!r} cannot be widened; known: {', '.join(STORED)}")
     if fmt == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16_to_float32(array)
     return np.ascontiguousarray(array, np.float32)

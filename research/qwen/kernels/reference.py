@@ -1,4 +1,4 @@
-"""The judge: every cell from plain mindspore.ops, in float32, slow and readable. Other backends are compared with it."""
+"""The judge: every cell from plain mindspore.ops, in float32, slow and readable; other backends must agree."""
 
 from __future__ import annotations
 

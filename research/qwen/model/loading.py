@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from research.qwen.errors import CheckpointError
 from research.qwen.kernels.api import Kernels
+from research.qwen.kernels.arrays import widen
 from research.qwen.model.qwen import QwenModel
 
 SMALL = (".bias", ".ln_1.weight", ".ln_2.weight", ".ln_f.weight")
@@ -56,8 +57,6 @@ def load_weights(model: QwenModel, source: TensorSource, kernels: Kernels) -> No
             f"checkpoint does not match the model: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(extra)} without a place {extra[:3]}"
         )
-    from research.qwen.kernels.arrays import widen
-
     for name, parameter in parameters.items():
         array, fmt = source.read(name), source.dtype(name)
         if name.endswith(SMALL):

@@ -121,6 +121,8 @@ def cache_spec(config: QwenConfig, backend: str, num_blocks: int | None, block_s
         raise ConfigError(f"block_size {block_size} and num_blocks {num_blocks} must be positive")
     if num_blocks is not None:
         return CacheSpec(num_blocks, block_size)
+    if backend == "ascend":  # free device memory is not known here: one full context of the trained length
+        return CacheSpec(-(-config.seq_length // block_size), block_size)
     per_token = 2 * config.num_layers * config.hidden_size * 4
     tokens = max(2 * config.max_length, 4096)
     tokens = min(tokens, max(int(_free_memory() * MEMORY_SHARE) // per_token, 1024))

@@ -9,25 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple, get_args
 
+from research.qwen.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
+from research.qwen.chat_template import DEFAULT_SYSTEM as DEFAULT_SYSTEM
 from research.qwen.errors import PromptError
 from research.qwen.messages import Message, Role
 from research.qwen.text.tokenizer import QwenTokenizer
 from research.qwen.text.vocabulary import END_OF_TEXT, IM_END, IM_START
 
-DEFAULT_SYSTEM: Final = "You are a helpful assistant."
 CHAT_FORMATS: Final = ("chatml", "raw")
-
-# For tokenizer_config.json. A tokenizer that parses control tokens in text reads them in contents, too: only
-# ``render`` keeps them apart.
-CHAT_TEMPLATE: Final = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 class TurnIds(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tiktoken
 
+from research.qwen.chat_template import SPLIT_PATTERN
 from research.qwen.errors import PromptError, VocabularyError
 from research.qwen.text.nfc import to_nfc
 from research.qwen.text.vocabulary import (
@@ -29,17 +30,6 @@ __all__ = ["QwenTokenizer", "find_vocab_file"]
 SpecialNames = Literal["all"] | Collection[str]
 
 # How text is cut into the pieces that BPE works on (the published pattern; one digit is one piece).
-_PATTERN = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 # Unicode White_Space without \r and \n. Python's own \s also holds U+001C-U+001F, the pattern's does not.
 _BLANK = "\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_BLANK = re.compile(rf"[{_BLANK}]{{10000,}}+(?![\r\n])")
@@ -55,7 +45,7 @@ class _Vocabulary:
         if extra_path is not None:
             self.ranks.update(load_extra_ranks(extra_path, self.ranks, first + len(CONTROL_TOKENS)))
         self.encoding = tiktoken.Encoding(
-            "qwen", pat_str=_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+            "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
         )
 
     @cached_property

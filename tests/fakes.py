@@ -1,0 +1,57 @@
+"""Fakes with the real interfaces, so that decoding and the surfaces are tested in milliseconds."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from research.qwen.decode.loop import Chunk
+
+
+class FakeLM:
+    """Logits are a hash of all tokens of the sequence as its cache blocks hold them, and of alpha.
+
+    A block that two sequences write, a wrong start or a lost token changes the answer.
+    """
+
+    def __init__(self, num_blocks: int = 16, block_size: int = 4, vocab_size: int = 64, max_length: int = 48):
+        self.vocab_size, self.max_length = vocab_size, max_length
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.cache = np.full(num_blocks * block_size, -1, np.int64)
+        self.passes: list[list[Chunk]] = []
+        self.fail_at: int | None = None
+
+    def rope_alpha(self, prompt_length: int) -> float:
+        """3 for long prompts, so that a lost alpha is seen."""
+        return 3.0 if prompt_length > 8 else 1.0
+
+    def forward(self, chunks: Sequence[Chunk]) -> np.ndarray:
+        """As the protocol says; everything is written before anything is read, as the kernels do."""
+        if self.fail_at is not None and len(self.passes) >= self.fail_at:
+            raise RuntimeError("broken")
+        self.passes.append(list(chunks))
+        used = [block for chunk in chunks for block in chunk.blocks]
+        assert len(used) == len(set(used)), "a block belongs to two sequences"
+        slots = [self._slots(chunk, chunk.start + len(chunk.ids)) for chunk in chunks]
+        for chunk, places in zip(chunks, slots, strict=True):
+            self.cache[places[chunk.start :]] = chunk.ids
+        rows = []
+        for chunk, places in zip(chunks, slots, strict=True):
+            end = len(places)
+            rows += [self._row(places[: end - back], chunk.alpha) for back in range(chunk.logits - 1, -1, -1)]
+        return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
+
+    def _slots(self, chunk: Chunk, length: int) -> np.ndarray:
+        positions = np.arange(length)
+        return (
+            np.asarray(chunk.blocks)[positions // self.block_size] * self.block_size
+            + positions % self.block_size
+        )
+
+    def _row(self, places: np.ndarray, alpha: float) -> np.ndarray:
+        tokens = self.cache[places]
+        assert (tokens >= 0).all(), "a position was never written"
+        seed = zlib.crc32(tokens.tobytes() + bytes([int(alpha)]))
+        return np.random.default_rng(seed).standard_normal(self.vocab_size).astype(np.float32)
