@@ -31,8 +31,8 @@ demo: $(RUN_STAMP) ## install, convert the embedded demo model, ask it one quest
 test: lint ## everything: lint, types, layers, all tests
 	$(PY) -m pytest
 
-test-fast: $(TEST_STAMP) ## the tests that do not import MindSpore
-	$(PY) -m pytest -m "not mindspore"
+test-fast: $(TEST_STAMP) ## the tests that import neither MindSpore nor PyTorch
+	$(PY) -m pytest -m "not mindspore and not torch"
 
 lint: $(TEST_STAMP) ## ruff, format, mypy, layers
 	$(PY) -m ruff check $(PYTHON_SOURCES)

@@ -62,7 +62,9 @@ def test_without_cache_the_same(mf: Any, small: SimpleNamespace) -> None:
     plain = mf.QwenForCausalLM.from_pretrained(model_folder("st_new_bf16"), do_sample=False, use_past=False)
     assert not plain.use_past
     expected = small.model.generate(small.prompts, max_new_tokens=8)
-    assert [r.tolist() for r in plain.generate(small.prompts, max_new_tokens=8)] == [r.tolist() for r in expected]
+    assert [r.tolist() for r in plain.generate(small.prompts, max_new_tokens=8)] == [
+        r.tolist() for r in expected
+    ]
 
 
 def test_lengths(small: SimpleNamespace) -> None:
@@ -80,7 +82,9 @@ def test_lengths(small: SimpleNamespace) -> None:
 
 def test_sampling_takes_effect_and_is_seeded(small: SimpleNamespace) -> None:
     prompt, options = small.prompts[1], {"max_new_tokens": 12, "do_sample": True, "eos_token_id": []}
-    draw = [small.model.generate(prompt, seed=s, top_k=0, top_p=1.0, **options)[0].tolist() for s in (1, 1, 2)]
+    draw = [
+        small.model.generate(prompt, seed=s, top_k=0, top_p=1.0, **options)[0].tolist() for s in (1, 1, 2)
+    ]
     assert draw[0] == draw[1] != draw[2]
     greedy = small.model.generate(prompt, max_new_tokens=12, eos_token_id=[])[0].tolist()
     assert draw[0] != greedy
@@ -213,7 +217,9 @@ def test_logits_processors(small: SimpleNamespace) -> None:
 def test_bad_prompts(small: SimpleNamespace, prompt: Any, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         small.model.generate(prompt, max_new_tokens=2)
-    assert len(small.model.generate(small.prompts[0], max_new_tokens=1)) == 1  # and the model is as usable as before
+    assert (
+        len(small.model.generate(small.prompts[0], max_new_tokens=1)) == 1
+    )  # and the model is as usable as before
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,10 @@ def test_published_snippet_then_mindspore_loads(mf: Any, small: SimpleNamespace,
     assert {name: tuple(p.shape) for name, p in stored.items()} == {
         p.name: tuple(p.shape) for p in model.get_parameters()
     }
-    assert ms.load_param_into_net(model, stored) == ([], [])  # bfloat16 into float32 or float16: widened or cast
+    assert ms.load_param_into_net(model, stored) == (
+        [],
+        [],
+    )  # bfloat16 into float32 or float16: widened or cast
     assert len(model.generate(small.prompts[1], max_new_tokens=4)[0]) == len(small.prompts[1]) + 4
     config.param_init_type = ms.float32
     model = mf.QwenForCausalLM(config)
@@ -171,12 +174,12 @@ def test_defaults_of_another_vocabulary_are_replaced(mf: Any) -> None:
     assert (real.generation["eos_token_id"], real.generation["pad_token_id"]) == ([151643], 151643)
     own = read_config(LlamaConfig(vocab_size=300, eos_token_id=2, top_k=5, do_sample=True, **sizes))
     assert (own.generation["top_k"], own.generation["do_sample"]) == (5, True)
-    assert read_config(LlamaConfig(vocab_size=151936, theta=20000.0, **sizes)).shape.rotary_emb_base == 20000.0
+    assert (
+        read_config(LlamaConfig(vocab_size=151936, theta=20000.0, **sizes)).shape.rotary_emb_base == 20000.0
+    )
 
 
-def test_unknown_backend_and_absent_device(
-    mf: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_backend_and_absent_device(mf: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from research.qwen.kernels.devices import device_available
     from research.qwen.mf.trainer import use_device
 

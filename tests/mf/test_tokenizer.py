@@ -55,7 +55,9 @@ def test_batches_padding_truncation_and_tensors(tok: Any) -> None:
     batch = tok(["a b c", "你好，世界！"], padding=True, return_tensors="np")
     assert batch["input_ids"].tolist() == [[64, 293, 272, 151643], [108386, 3837, 99489, 6313]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    cut = tok(["a b c", "你好，世界！"], padding="max_length", truncation=True, max_length=2, return_tensors="ms")
+    cut = tok(
+        ["a b c", "你好，世界！"], padding="max_length", truncation=True, max_length=2, return_tensors="ms"
+    )
     assert cut["input_ids"].asnumpy().tolist() == [[64, 293], [108386, 3837]]
     assert tok.batch_decode(batch["input_ids"]) == ["a b c<|endoftext|>", "你好，世界！"]
     assert tok.decode(batch["input_ids"], skip_special_tokens=True) == ["a b c", "你好，世界！"]
@@ -88,7 +90,9 @@ def test_chat_template_is_the_renderer(tok: Any) -> None:
     )
     # as the exported template has it: without a system message the published default
     plain = tok.apply_chat_template(turns[1:], tokenize=False)
-    assert plain.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi")
+    assert plain.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi"
+    )
     array = tok.apply_chat_template(turns, return_tensors="np")
     assert array.reshape(-1).tolist() == tok.apply_chat_template(turns)
     with pytest.raises(RequestError, match="chat_template"):
@@ -119,7 +123,9 @@ def test_save_and_load(mf: Any, tok: Any, tmp_path: Path, options: dict[str, Any
 def test_save_joins_the_models_yaml_and_auto_classes_read_it(mf: Any, tok: Any, tmp_path: Path) -> None:
     from mindformers import AutoTokenizer
 
-    (tmp_path / "mindspore_model.yaml").write_text("model: {model_config: {type: LlamaConfig}, arch: {type: x}}\n", encoding="utf-8")
+    (tmp_path / "mindspore_model.yaml").write_text(
+        "model: {model_config: {type: LlamaConfig}, arch: {type: x}}\n", encoding="utf-8"
+    )
     tok.save_pretrained(str(tmp_path))
     written = yaml.safe_load((tmp_path / "mindspore_model.yaml").read_text(encoding="utf-8"))
     assert written["model"]["arch"] == {"type": "x"}

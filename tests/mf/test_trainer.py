@@ -45,7 +45,9 @@ def test_every_call_counts(trainer: Any, full: SimpleNamespace, converted: Path)
     ask = {"input_data": "你好", "predict_checkpoint": str(converted), "do_sample": False}
     first = text(trainer.predict(max_new_tokens=8, **ask))
     network = trainer.trainer._qwen_network[1]
-    assert text(trainer.predict(max_new_tokens=3, **ask)) == [expected(full, "你好", max_new_tokens=3)] != first
+    assert (
+        text(trainer.predict(max_new_tokens=3, **ask)) == [expected(full, "你好", max_new_tokens=3)] != first
+    )
     assert trainer.trainer._qwen_network[1] is network  # and the weights are not read twice
     other = {**ask, "predict_checkpoint": str(model_folder("full_vocab_bf16"))}  # a Hugging Face folder
     assert text(trainer.predict(max_new_tokens=8, **other)) == first
@@ -74,7 +76,9 @@ def test_top_k_zero_is_off(trainer: Any, full: SimpleNamespace, converted: Path)
     assert text(trainer.predict(do_sample=True, top_k=1, seed=3, **ask)) == greedy
 
 
-def test_streamer_and_bad_input(trainer: Any, converted: Path, capsys: pytest.CaptureFixture[str], mf: Any) -> None:
+def test_streamer_and_bad_input(
+    trainer: Any, converted: Path, capsys: pytest.CaptureFixture[str], mf: Any
+) -> None:
     from mindformers import TextStreamer
 
     ask = {"predict_checkpoint": str(converted), "do_sample": False, "max_new_tokens": 4}
@@ -95,9 +99,7 @@ def test_model_and_tokenizer_as_instances(
 
     monkeypatch.chdir(tmp_path)
     yaml_file = str(converted.with_suffix(".yaml"))
-    trainer = Trainer(
-        args=yaml_file, task="text_generation", model=full.model, tokenizer=full.tokenizer
-    )
+    trainer = Trainer(args=yaml_file, task="text_generation", model=full.model, tokenizer=full.tokenizer)
     wanted = expected(full, "你好", max_new_tokens=5)
     assert text(trainer.predict(input_data="你好", max_new_tokens=5, do_sample=False)) == [wanted]
     pipe = pipeline("text_generation", model=full.model, tokenizer=full.tokenizer)

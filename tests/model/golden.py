@@ -12,19 +12,19 @@ from tests import fixtures_util
 
 TOLERANCE = 3e-4  # float32, max abs difference of logits, hidden states and cached keys (golden README)
 BACKENDS = ("reference", "cpu")
+FULL = os.environ.get("QWEN_GOLDEN")  # read at import: tests run without QWEN_ variables
 
 
 def data_folder(name: str) -> Path:
     """Where the .npz files of a golden model are."""
-    full = os.environ.get("QWEN_GOLDEN")
-    if not full:
+    if not FULL:
         return fixtures_util.golden_folder(name)
-    return Path(full) / ("longctx" if name == "longctx" else f"models/{name}")
+    return Path(FULL) / ("longctx" if name == "longctx" else f"models/{name}")
 
 
 def weights_folder(name: str) -> Path:
     """Config and weights of a golden model."""
-    if not os.environ.get("QWEN_GOLDEN"):
+    if not FULL:
         return fixtures_util.model_folder(name)
     return data_folder(name) / "model" if name == "longctx" else data_folder(name)
 

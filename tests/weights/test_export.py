@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.qwen import chat_template
 from research.qwen.errors import VocabularyError
-from research.qwen.text import chatml, tokenizer
 from research.qwen.weights.convert import main
 from research.qwen.weights.hf_tokenizer import CONTROL, byte_alphabet, merges, read_ranks
 from tests.fixtures_util import golden_folder, model_folder
@@ -24,6 +22,7 @@ def export(source: Path, target: Path, *more: str) -> int:
     return main(["--export", "qwen2", "--torch_ckpt_dir", str(source), "--output", str(target), *more])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("model", ["st_new_bf16", "bin_old_fp16", "bin_sharded_fp32"])
 def test_logits_and_greedy_ids_equal_the_golden_ones_in_transformers(
     model: str, tmp_path: Path, record_property: pytest.RecordProperty
@@ -108,11 +107,6 @@ def test_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["rope_theta"] == 1e6
 
 
-def test_the_constants_are_the_text_tiers() -> None:
-    assert chat_template.CHAT_TEMPLATE == chatml.CHAT_TEMPLATE
-    assert chat_template.SPLIT_PATTERN == tokenizer._PATTERN
-
-
 def test_merges_are_recovered_from_ranks() -> None:
     tokens = [bytes([i]) for i in range(256)] + [b"ab", b"bc", b"abc", b"abcabc", b"cab"]
     assert merges(tokens) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"abc", b"abc"), (b"c", b"ab")]
@@ -133,6 +127,7 @@ def test_a_damaged_vocabulary(text: str, tmp_path: Path) -> None:
         read_ranks(tmp_path / "qwen.tiktoken")
 
 
+@pytest.mark.torch
 def test_the_exported_tokenizer_gives_our_ids(tmp_path: Path, published_vocab: Path) -> None:
     from transformers import AutoTokenizer
 
