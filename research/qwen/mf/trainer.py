@@ -49,14 +49,11 @@ def repair_predict() -> None:
         if tokenizer is None:
             _find_vocabulary(config, path)
         self.pipeline_task = None
-        try:
-            if path:
-                config.checkpoint.load_path = None
-            network = _network(self, config, network, path)
-            return original(self, config, input_data, network, tokenizer, **options)
-        finally:
-            if path:
-                config.checkpoint.load_path = path
+        if path:
+            # Ours to load. Left in place it would also win over the predict_checkpoint of the next call.
+            config.checkpoint.load_path = None
+        network = _network(self, config, network, path)
+        return original(self, config, input_data, network, tokenizer, **options)
 
     CausalLanguageModelingTrainer.predict = predict
 
