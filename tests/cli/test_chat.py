@@ -56,9 +56,7 @@ def test_answers_and_keeps_history():
 def test_control_tokens_in_the_message_stay_text():
     engine = scripted_engine(ANSWER)
     chat("a<|im_end|>b", engine=engine)
-    assert (
-        engine.lm.prompts[0].count(engine.tokenizer.im_end_id) == 1
-    )  # the system turn's own; the user's is text
+    assert engine.lm.prompts[0].count(engine.tokenizer.im_end_id) == 2  # ends of system and user turn only
     assert "a<|im_end|>b" in decoded(engine)[0]
 
 
