@@ -11,15 +11,18 @@ from research.qwen.decode.loop import Chunk
 
 
 class FakeLM:
-    """Logits are a hash of all tokens of the sequence as its cache blocks hold them, and of alpha.
+    """Logits are a hash of all tokens of the sequence as its cache blocks hold them, with the position and the
+    alpha each was written with.
 
-    A block that two sequences write, a wrong start or a lost token changes the answer.
+    A block that two sequences write, a wrong start, a lost token or a changed alpha changes the answer.
     """
 
     def __init__(self, num_blocks: int = 16, block_size: int = 4, vocab_size: int = 64, max_length: int = 48):
         self.vocab_size, self.max_length = vocab_size, max_length
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.cache = np.full(num_blocks * block_size, -1, np.int64)
+        self.cache = np.full(
+            (num_blocks * block_size, 3), -1, np.int64
+        )  # token, position, alpha of each slot
         self.passes: list[list[Chunk]] = []
         self.fail_at: int | None = None
 
@@ -36,12 +39,18 @@ class FakeLM:
         assert len(used) == len(set(used)), "a block belongs to two sequences"
         slots = [self._slots(chunk, chunk.start + len(chunk.ids)) for chunk in chunks]
         for chunk, places in zip(chunks, slots, strict=True):
-            self.cache[places[chunk.start :]] = chunk.ids
+            self.write(places[chunk.start :], chunk.ids, chunk.start, chunk.alpha)
         rows = []
         for chunk, places in zip(chunks, slots, strict=True):
             end = len(places)
             rows += [self._row(places[: end - back], chunk.alpha) for back in range(chunk.logits - 1, -1, -1)]
         return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
+
+    def write(self, places: np.ndarray, ids: Sequence[int], start: int, alpha: float) -> None:
+        """Put consecutive tokens into cache slots."""
+        self.cache[places, 0] = ids
+        self.cache[places, 1] = np.arange(start, start + len(ids))
+        self.cache[places, 2] = int(alpha)
 
     def _slots(self, chunk: Chunk, length: int) -> np.ndarray:
         positions = np.arange(length)

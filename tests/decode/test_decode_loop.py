@@ -40,7 +40,7 @@ def test_one_request_is_plain_greedy_decoding():
     tokens, reason = alone(ids, GREEDY)
     for token in tokens:
         places = np.arange(len(ids))
-        lm.cache[places] = ids
+        lm.write(places, ids, 0, 1.0)
         assert token == int(lm._row(places, 1.0).argmax())
         ids = [*ids, token]
     assert len(tokens) == 6 and reason == "length"
@@ -105,6 +105,16 @@ def test_stop_sequences_match_new_ids_only_and_stay():
 def test_the_context_is_an_end():
     tokens, reason = alone([1] * 40, SamplingParams(temperature=0, max_new_tokens=None))
     assert (len(tokens), reason) == (8, "length")
+
+
+def test_a_cache_smaller_than_the_context_is_an_end():
+    lm = FakeLM(num_blocks=4, block_size=4)
+    loop = GenerationLoop(lm)
+    keys = [loop.add([1] * 10, SamplingParams(temperature=0, max_new_tokens=n)) for n in (None, 20)]
+    done = run(loop)
+    want, _ = alone([1] * 10, SamplingParams(temperature=0, max_new_tokens=6))
+    assert [done[key, 0] for key in keys] == [(want, "length")] * 2
+    assert loop.pool.free_blocks == 4
 
 
 def test_choices_differ_and_repeat():
@@ -174,8 +184,14 @@ def test_refused_at_once():
     loop = GenerationLoop(FakeLM(num_blocks=4, block_size=4))
     with pytest.raises(PromptError, match="empty"):
         loop.add([], GREEDY)
-    with pytest.raises(PromptError, match="16 tokens.*holds 16"):
+    with pytest.raises(PromptError, match="16 tokens.*the cache holds 16.*4 blocks of 4"):
         loop.add([1] * 16, GREEDY)
+    with pytest.raises(PromptError, match="48 tokens.*the context holds 48"):
+        loop.add([1] * 48, GREEDY)
+    for bad in (64, -1):
+        with pytest.raises(PromptError, match=f"token id {bad} is outside the vocabulary of 64 rows"):
+            loop.add([1, bad], GREEDY)
+    assert not loop.busy
     with pytest.raises(RequestError, match="prefill_chunk"):
         GenerationLoop(FakeLM(), prefill_chunk=0)
 

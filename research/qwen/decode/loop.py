@@ -150,15 +150,10 @@ class GenerationLoop:
             stop_sequences: id sequences that end an answer once it ends with one; they stay part of it.
             processors: applied to every row of logits, see ``sampling.LogitsProcessor``.
         Raises:
-            PromptError: the prompt is empty, or cannot fit into context or cache however long it waits.
+            PromptError: the prompt is empty, has ids outside the vocabulary, or cannot fit into context or cache
+                however long it waits.
         """
-        room = min(self.lm.max_length, self.lm.num_blocks * self.lm.block_size)
-        if not prompt_ids:
-            raise PromptError("the prompt is empty; give at least one token")
-        if len(prompt_ids) >= room:
-            raise PromptError(
-                f"the prompt has {len(prompt_ids)} tokens and leaves no room: the context holds {room}"
-            )
+        prompt = self._check(prompt_ids)
         self._last_key += 1
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
         for choice in range(params.n):
@@ -166,13 +161,13 @@ class GenerationLoop:
                 RunningSequence(
                     key=self._last_key,
                     choice=choice,
-                    ids=[int(token) for token in prompt_ids],
-                    prompt_length=len(prompt_ids),
+                    ids=list(prompt),
+                    prompt_length=len(prompt),
                     params=params,
                     end_ids=end_ids,
                     stop_sequences=tuple(tuple(stop) for stop in stop_sequences if len(stop)),
-                    sampler=Sampler(params, prompt_ids, choice=choice, processors=processors),
-                    alpha=self.lm.rope_alpha(len(prompt_ids)),
+                    sampler=Sampler(params, prompt, choice=choice, processors=processors),
+                    alpha=self.lm.rope_alpha(len(prompt)),
                 )
             )
         return self._last_key
@@ -208,9 +203,37 @@ class GenerationLoop:
             self._waiting.clear()
             raise
 
+    @property
+    def _room(self) -> int:
+        """Tokens one sequence may have: the context, or all of the cache where that is smaller."""
+        return min(self.lm.max_length, self.lm.num_blocks * self.lm.block_size)
+
+    def _check(self, prompt_ids: Sequence[int]) -> list[int]:
+        prompt = [int(token) for token in prompt_ids]
+        if not prompt:
+            raise PromptError("the prompt is empty; give at least one token")
+        # One bad id would fail the forward pass, and with it every request in it.
+        bad = next((token for token in prompt if not 0 <= token < self.lm.vocab_size), None)
+        if bad is not None:
+            raise PromptError(f"token id {bad} is outside the vocabulary of {self.lm.vocab_size} rows")
+        if len(prompt) >= self.lm.max_length:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens and leaves no room: the context holds {self.lm.max_length}"
+            )
+        if len(prompt) >= self._room:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens and leaves no room: the cache holds {self._room} "
+                f"({self.lm.num_blocks} blocks of {self.lm.block_size}); raise num_blocks"
+            )
+        return prompt
+
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_batch:
-            blocks = self.pool.alloc(self._blocks_for(len(self._waiting[0].ids)))
+            needed = self._blocks_for(len(self._waiting[0].ids))
+            # A spare block for each sequence already running: else the newcomer may be the next to be preempted.
+            if self.pool.free_blocks < needed + len(self._running):
+                return
+            blocks = self.pool.alloc(needed)
             if blocks is None:
                 return
             sequence = self._waiting.popleft()
@@ -257,7 +280,7 @@ class GenerationLoop:
         reason: FinishReason | None = None
         if ends or self._at_stop_sequence(sequence, new):
             reason = "stop"
-        elif new == sequence.params.max_new_tokens or len(sequence.ids) >= self.lm.max_length:
+        elif new == sequence.params.max_new_tokens or len(sequence.ids) >= self._room:
             reason = "length"
         if reason is not None:
             self._release(sequence)

@@ -269,9 +269,8 @@ def _nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
     target = top_p * total * (1.0 - _MASS_SLACK)
     # All weights below this floor together are less than 1 - top_p of the sum: none is in the set.
     floor = (1.0 - top_p) * total / len(weights)
-    pool = weights[
-        np.flatnonzero(weights >= floor)
-    ]  # indices: a mask that is half full is three times slower
+    eligible = np.flatnonzero(weights >= floor)  # indices: a mask that is half full is three times slower
+    weights = pool = weights[eligible]
     above = 0.0  # sum of the weights known to be in the set and dropped from the pool
     # Positive floats order as their bit patterns do. Bucket by the leading bits, keep the bucket in which the
     # target is reached, go on with the next bits: linear time where a sort of the vocabulary is not.
@@ -287,7 +286,7 @@ def _nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
     ordered = np.sort(pool)[::-1]
     reached = min(int(np.searchsorted(above + ordered.cumsum(), target)), len(ordered) - 1)
     cut = ordered[reached]
-    return _from_cut(weights, cut, int((ordered >= cut).sum()) - 1 - reached)
+    return eligible[_from_cut(weights, cut, int((ordered >= cut).sum()) - 1 - reached)]
 
 
 def _from_cut(values: Logits, cut: float, surplus: int) -> NDArray[np.int64]:
