@@ -13,6 +13,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
 from research.qwen.kernels.api import CacheSpec, StepView, load_kernels
 from research.qwen.kernels.arrays import widen
+from research.qwen.kernels.cpu import _quota
 from research.qwen.model.loading import is_cache
 from tests.kernels import cpu_truth as truth
 
@@ -219,3 +220,12 @@ def test_threads_from_the_environment(monkeypatch):
     monkeypatch.setenv("QWEN_THREADS", "many")
     with pytest.raises(KernelError, match="QWEN_THREADS"):
         load_kernels("cpu")
+
+
+@pytest.mark.parametrize(
+    "text, cpus", [("max 100000", 1024), ("250000 100000", 2), ("50000 100000", 1), ("", 1024)]
+)
+def test_threads_respect_the_quota_of_a_container(tmp_path, text, cpus):
+    (tmp_path / "cpu.max").write_text(text)
+    assert _quota(tmp_path / "cpu.max") == cpus
+    assert _quota(tmp_path / "missing") == 1024

@@ -213,7 +213,10 @@ def build(threads: int | None = None) -> CpuKernels:
 
 
 def default_threads() -> int:
-    """QWEN_THREADS, else physical cores among those this process may run on; KernelError if it is no number."""
+    """QWEN_THREADS, else the physical cores this process may run on, within the CPU quota of its container.
+
+    Raises KernelError if QWEN_THREADS is not an integer of 1 to 1024.
+    """
     text = os.environ.get("QWEN_THREADS")
     if text:
         if not text.isdigit() or not 1 <= int(text) <= 1024:
@@ -226,7 +229,16 @@ def default_threads() -> int:
         except OSError:
             siblings = str(cpu)
         cores.add(siblings)
-    return len(cores)
+    return min(len(cores), _quota(Path("/sys/fs/cgroup/cpu.max")))
+
+
+def _quota(path: Path) -> int:
+    """Whole CPUs a cgroup grants, at least 1; ``path`` holds ``QUOTA PERIOD`` in microseconds or ``max PERIOD``."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return 1024
+    return 1024 if quota == "max" else max(1, int(quota) // int(period))
 
 
 def check_view(view: StepView, cache: CacheSpec) -> None:
