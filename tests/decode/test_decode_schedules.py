@@ -93,6 +93,11 @@ class Schedule(RuleBasedStateMachine):
         assert not set(owned) & set(self.loop.pool._free)
         assert len(owned) + self.loop.pool.free_blocks == self.lm.num_blocks
 
+    @invariant()
+    def first_come_first_served(self):
+        order = [(s.key, s.choice) for s in (*self.loop._running, *self.loop._waiting)]
+        assert order == sorted(order)
+
     def teardown(self):
         if not hasattr(self, "loop"):
             return

@@ -237,7 +237,7 @@ class GenerationLoop:
             if blocks is None:
                 return
             sequence = self._waiting.popleft()
-            sequence.blocks, sequence.cached = blocks, 0
+            sequence.blocks = blocks
             self._running.append(sequence)
 
     def _plan(self) -> list[tuple[RunningSequence, Chunk]]:
