@@ -155,6 +155,17 @@ def test_preemption_recomputes_and_changes_nothing():
     assert loop.pool.free_blocks == 12
 
 
+def test_a_preempted_sequence_goes_before_those_that_never_ran():
+    loop = GenerationLoop(FakeLM(num_blocks=6, block_size=4))
+    keys = [loop.add([i] * 8, SamplingParams(temperature=0, max_new_tokens=10)) for i in (1, 2, 3)]
+    ends = []
+    while loop.busy:
+        ends += [event.key for event in loop.step() if event.finish_reason]
+        waiting = [sequence.key for sequence in loop._waiting]
+        assert waiting == sorted(waiting)
+    assert ends == keys
+
+
 def test_failure_frees_everything_and_goes_on():
     lm = FakeLM()
     loop = GenerationLoop(lm)
