@@ -11,7 +11,7 @@ from mindspore import Tensor
 
 from research.qwen.weights import writers
 from research.qwen.weights.ckpt_file import read_ckpt, verify_crc
-from research.qwen.weights.convert import main
+from research.qwen.weights.command import main
 from research.qwen.weights.dtypes import bfloat16_to_float32
 from research.qwen.weights.readers import open_checkpoint
 from tests.fixtures_util import model_folder

@@ -16,7 +16,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError
 from research.qwen.settings import load_settings
 from research.qwen.weights import outputs
-from research.qwen.weights.convert import main, parse_size
+from research.qwen.weights.command import main, parse_size
 from research.qwen.weights.dtypes import convert_block
 from research.qwen.weights.readers import open_checkpoint
 from tests.fixtures_util import model_folder

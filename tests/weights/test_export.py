@@ -10,7 +10,7 @@ import pytest
 
 from research.qwen.errors import VocabularyError
 from research.qwen.text import chatml, tokenizer
-from research.qwen.weights.convert import main
+from research.qwen.weights.command import main
 from research.qwen.weights.hf_tokenizer import CONTROL, byte_alphabet, merges, read_ranks
 from tests.fixtures_util import golden_folder, model_folder
 from tests.weights.tools import copy_model, edit_json, tensors_of

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STALLING = """
 import sys, time
 from research.qwen.weights import readers
-from research.qwen.weights.convert import main
+from research.qwen.weights.command import main
 blocks, seen = readers.Checkpoint.blocks, []
 
 def stalling(self, name):

@@ -7,6 +7,6 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Same options as convert_weight.py."""
-    from research.qwen.weights.convert import main as convert
+    from research.qwen.weights.command import main as convert
 
     return convert(list(argv) if argv is not None else None)
