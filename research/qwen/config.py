@@ -309,3 +309,20 @@ def _plain_number(value: float) -> float | int:
 def with_changes(config: QwenConfig, **changes: Any) -> QwenConfig:
     """A copy with some fields replaced."""
     return replace(config, **changes)
+
+
+# These change the numbers and cannot be seen in the shapes of the weights.
+_UNSEEN = (
+    "num_heads",
+    "seq_length",
+    "rotary_emb_base",
+    "layer_norm_epsilon",
+    "use_dynamic_ntk",
+    "use_logn_attn",
+)
+
+
+def disagreement(stored: QwenConfig, other: QwenConfig) -> str:
+    """Where two descriptions of the same weights would compute differently: ``seq_length 2048 (not 8192), ...``."""
+    names = [name for name in _UNSEEN if getattr(stored, name) != getattr(other, name)]
+    return ", ".join(f"{name} {getattr(stored, name)} (not {getattr(other, name)})" for name in names)
