@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # run from this folder: its module names (text, model, ...) must not hide others'
     sys.path[0] = str(ROOT)
 
-from research.qwen.config import QwenConfig  # noqa: E402
+from research.qwen.config import QwenConfig, disagreement  # noqa: E402
 from research.qwen.decode.params import SamplingParams  # noqa: E402
 from research.qwen.errors import CheckpointError, ConfigError, QwenError, RequestError  # noqa: E402
 from research.qwen.settings import RunSettings, load_settings  # noqa: E402
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
     from research.qwen.mf.run import Plan
 
 SAMPLING = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-# What changes the numbers and is not visible in the shapes of the weights.
-TELLING = (
-    "num_heads",
-    "seq_length",
-    "rotary_emb_base",
-    "layer_norm_epsilon",
-    "use_dynamic_ntk",
-    "use_logn_attn",
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,11 +131,10 @@ def check_checkpoint(path: Path, settings: RunSettings) -> dict[str, Any]:
     if not (checkpoint.folder / "config.json").exists():
         return {}
     own = QwenConfig.from_folder(checkpoint.folder)
-    different = [name for name in TELLING if getattr(own, name) != getattr(settings.model, name)]
+    different = disagreement(own, settings.model)
     if not different:
         return {}
-    shown = ", ".join(f"{n} {getattr(own, n)} (YAML: {getattr(settings.model, n)})" for n in different)
-    print(f"warning: config.json beside the checkpoint counts: {shown}", file=sys.stderr)
+    print(f"warning: config.json beside the checkpoint counts: {different}", file=sys.stderr)
     return own.to_llama_dict()
 
 

@@ -41,7 +41,7 @@ def full(mf: Any) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The full-vocabulary model as convert_weight.py leaves it: q.ckpt, q.yaml and their companions."""
-    from research.qwen.weights.convert import main
+    from research.qwen.weights.command import main
 
     target = tmp_path_factory.mktemp("converted") / "q.ckpt"
     source = str(model_folder("full_vocab_bf16"))

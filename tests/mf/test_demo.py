@@ -16,7 +16,7 @@ BOOKS = "比较适合深度学习入门的书籍有"
 
 @pytest.fixture(scope="module")
 def demo_ckpt(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from research.qwen.weights.convert import main
+    from research.qwen.weights.command import main
 
     target = tmp_path_factory.mktemp("demo") / "qwen_demo.ckpt"
     source = str(repository / "research" / "qwen" / "demo" / "model")

@@ -98,6 +98,25 @@ def test_checkpoint_name_or_path(mf: Any, small: SimpleNamespace, saved: Path) -
         mf.QwenForCausalLM(config)
 
 
+def test_warnings_of_a_model_that_is_not_what_it_seems(
+    mf: Any, saved: Path, small: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mindformers import LlamaConfig
+
+    empty = mf.QwenForCausalLM(LlamaConfig.from_pretrained(str(saved / "q.yaml")))
+    for _ in range(2):
+        empty.generate([1, 2], max_new_tokens=2, eos_token_id=[])
+    assert [r.getMessage() for r in caplog.records if "weights are zero" in r.getMessage()] == [
+        "no checkpoint was loaded: all weights are zero, and so is the meaning of the answer"
+    ]
+    small.model.generate([1, 2], max_new_tokens=1)
+    config = LlamaConfig.from_pretrained(str(saved / "q.yaml"), seq_length=4096)
+    config.checkpoint_name_or_path = str(model_folder("st_new_bf16"))
+    caplog.clear()
+    mf.QwenForCausalLM(config)
+    assert "config.json beside it says otherwise: seq_length 8192 (not 4096)" in caplog.text
+
+
 def test_save_and_load_a_folder(mf: Any, small: SimpleNamespace, saved: Path, tmp_path: Path) -> None:
     assert sorted(file.name for file in saved.iterdir()) == ["q.ckpt", "q.yaml"]
     assert is_golden(mf.QwenForCausalLM.from_pretrained(saved), small)

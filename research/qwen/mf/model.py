@@ -17,6 +17,7 @@ from mindformers.models import LlamaConfig, PreTrainedModel
 from mindspore import Parameter, Tensor
 from numpy.typing import NDArray
 
+from research.qwen.config import QwenConfig, disagreement
 from research.qwen.decode.loop import Chunk, GenerationLoop
 from research.qwen.errors import KernelError, PromptError, RequestError
 from research.qwen.kernels.api import load_kernels
@@ -69,7 +70,7 @@ class QwenForCausalLM(PreTrainedModel):
         self.lock = threading.RLock()
         self._alphas: dict[int, float] = {}
         self._install(ZeroSource(self.shape, initial_format(run.param_init_type, self.kernels)))
-        self.loaded = False
+        self._empty = True
         self.load_checkpoint(config)
 
     # ---- weights ----
@@ -79,7 +80,7 @@ class QwenForCausalLM(PreTrainedModel):
         self.runtime = Runtime.load(self.shape, source, self.kernels, self.cache)
         self.model = self.runtime.model
         self.loop = GenerationLoop(self.runtime, use_cache=self.use_past)
-        self.loaded = True
+        self._empty = False
 
     def load_checkpoint(self, config: LlamaConfig | str | os.PathLike[str]) -> None:
         """Load ``config.checkpoint_name_or_path`` (or a path): a Hugging Face or converted folder, or a file.
@@ -91,6 +92,10 @@ class QwenForCausalLM(PreTrainedModel):
             checkpoint = open_checkpoint(Path(path))
             check(checkpoint, self.shape)
             self._install(checkpoint)
+            if (checkpoint.folder / "config.json").exists():
+                different = disagreement(QwenConfig.from_folder(checkpoint.folder), self.shape)
+                if different:
+                    log.warning("%s: config.json beside it says otherwise: %s", path, different)
 
     def fuse_weight_from_ckpt(self, ckpt_dict: Mapping[str, Parameter]) -> dict[str, Parameter]:
         """Take the weights out of a dictionary MindFormers has read; called by its Trainer and load functions.
@@ -170,6 +175,7 @@ class QwenForCausalLM(PreTrainedModel):
             prompts = read_prompts(input_ids, chosen.pad_id, self.runtime.vocab_size, self.runtime.max_length)
             if streamer is not None:
                 streamer.put(generation.padded(prompts, chosen.pad_id))
+            self._warn_if_empty()
             with self.lock:
                 records = generation.run(self.loop, prompts, chosen, logits_processor, streamer)
         finally:
@@ -185,6 +191,17 @@ class QwenForCausalLM(PreTrainedModel):
         scores = generation.by_step([record.scores for record in records], rows) if chosen.scores else None
         logits = generation.by_step([record.logits for record in records], rows) if chosen.logits else None
         return GenerateOutput(sequences=sequences, scores=scores, logits=logits)
+
+    def _warn_if_empty(self) -> None:
+        """A model nobody loaded weights into answers with token 0 for ever: say so, once."""
+        if self._empty:
+            self._empty = False
+            if (
+                not self.model.transformer.ln_f.weight.asnumpy().any()
+            ):  # mindspore may have loaded them behind our back
+                log.warning(
+                    "no checkpoint was loaded: all weights are zero, and so is the meaning of the answer"
+                )
 
     # ---- the model as a cell ----
 

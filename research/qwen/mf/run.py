@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,7 @@ def predict(plan: Plan) -> list[dict[str, Any]]:
     if target == "auto":
         target = "Ascend" if device_available() else "CPU"
     use_device(target, plan.device_id)
-    if plan.backend is not None:
-        os.environ[BACKEND] = plan.backend
-    with tempfile.TemporaryDirectory(prefix="qwen-predict-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="qwen-predict-") as scratch, _backend(plan.backend):
         # A fresh config for every call: MindFormers writes into it.
         config = MindFormerConfig(str(plan.config))
         config.model.model_config.update(plan.model_changes)
@@ -62,6 +61,21 @@ def predict(plan: Plan) -> list[dict[str, Any]]:
             **plan.options,
         )
     return results
+
+
+@contextmanager
+def _backend(name: str | None) -> Iterator[None]:
+    """MindFormers builds the model, so the choice reaches it through the environment; for this call only."""
+    before = os.environ.get(BACKEND)
+    if name is not None:
+        os.environ[BACKEND] = name
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ.pop(BACKEND)
+            if before is not None:
+                os.environ[BACKEND] = before
 
 
 def _save_file(named: str | None, scratch: str) -> str:
