@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
@@ -13,14 +13,26 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig, read_json
 from research.qwen.errors import CheckpointError, ConfigError
+from research.qwen.kernels.api import CacheSpec
 from research.qwen.model.loading import weight_parameters
+from research.qwen.model.qwen import QwenModel
 from research.qwen.settings import load_settings
 from research.qwen.weights.companions import config_text, end_ids
 from research.qwen.weights.outputs import OutputSet
 from research.qwen.weights.writers import OutputTensor, write_ckpt, write_safetensors
 
-if TYPE_CHECKING:
-    from research.qwen.mf.model import QwenForCausalLM
+
+class Savable(Protocol):
+    """What is needed of a QwenForCausalLM to write it down."""
+
+    model: QwenModel
+    shape: QwenConfig
+    cache: CacheSpec
+    config: LlamaConfig
+    defaults: Mapping[str, Any]
+    use_past: bool
+    chat_format: str
+
 
 _GENERATION = (
     "do_sample",
@@ -52,7 +64,7 @@ def open_config(path: Path, overrides: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**{**values, "checkpoint_name_or_path": str(weights or path), **overrides})
 
 
-def save(model: QwenForCausalLM, folder: Path, name: str, hugging_face: bool) -> None:
+def save(model: Savable, folder: Path, name: str, hugging_face: bool) -> None:
     """Write weights and description of a model; an interrupted write leaves the folder as it was."""
     tensors = [_output(key, parameter.asnumpy()) for key, parameter in weight_parameters(model.model).items()]
     with OutputSet(folder, force=True) as outputs:
@@ -103,7 +115,7 @@ def _from_json(folder: Path) -> dict[str, Any]:
     return {**shape.to_llama_dict(), "use_past": True, "max_decode_length": shape.max_length, **values}
 
 
-def _yaml_text(model: QwenForCausalLM, existing: Path, weights: str) -> str:
+def _yaml_text(model: Savable, existing: Path, weights: str) -> str:
     """A YAML file that predicts with the weights beside it; a processor section that is there already stays."""
     values: dict[str, Any] = {"type": "LlamaConfig", "batch_size": 1, **model.shape.to_llama_dict()}
     dtype = {key: str(getattr(model.config, key)).lower() for key in ("compute_dtype", "param_init_type")}
