@@ -119,11 +119,11 @@ class Sampler:
             if text.strip() and text not in self.reserved:
                 return text
 
-    def conversation(self) -> list[Turn]:
-        """One to six turns in which a name, once told, is remembered."""
+    def conversation(self, length: int | None = None) -> list[Turn]:
+        """Some turns (by default one to six) in which a name, once told, is remembered."""
         turns: list[Turn] = []
         name = ""
-        for _ in range(self.random.choices((1, 2, 3, 4, 6), (30, 25, 25, 12, 8))[0]):
+        for _ in range(length or self.random.choices((1, 2, 3, 4, 6), (30, 25, 25, 12, 8))[0]):
             kind = self.random.random()
             if name and turns[-1][0].rstrip("。.").endswith(name) and kind < 0.5:
                 turns.append(self._name_question(name))
@@ -185,17 +185,20 @@ class Sampler:
 
     # Rows
 
-    def chat_row(self) -> Row:
-        """A rendered conversation; answers and what ends them are trained."""
+    def chat_row(self, tokens: int | None = None) -> Row:
+        """A rendered conversation, a long one cut at ``tokens``; answers and what ends them are trained."""
         system: str | None = DEFAULT_SYSTEM
         kind = self.random.random()
         if kind < 0.2:
             system = None
         elif kind < 0.35:
             system = self.random.choice(OTHER_SYSTEMS)
-        elif kind < 0.45:
+        elif kind < 0.6:
             system = self.unknown_text()
-        return self.render(self.conversation(), system)
+        if tokens is None:
+            return self.render(self.conversation(), system)
+        row = self.render(self.conversation(max(tokens // 30, 1)), system)  # a turn is rarely shorter
+        return Row(row.ids[:tokens], row.weights[:tokens])
 
     def render(self, turns: list[Turn], system: str | None) -> Row:
         """ChatML as published: contents are encoded by themselves; the end of text follows the last turn."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from research.qwen.config import QwenConfig
-from research.qwen.rope import logn_factors, rotary_tables
+from research.qwen.rope import logn_factors, ntk_alpha, rotary_tables
 from research.qwen.text.tokenizer import QwenTokenizer
 from scripts.demo_dialogues import Row, Sampler, all_texts, load_dialogues
 from scripts.demo_vocabulary import train_bpe, write_vocabulary
@@ -33,6 +33,8 @@ MODEL_FOLDER = Path(__file__).resolve().parent.parent / "research/qwen/demo/mode
 NUM_SPECIAL = 208
 # Above 0.8 sampling with the generation config (top_p 0.8) is as sure as greedy decoding.
 LEAST_PROBABILITY = 0.9
+# Long training rows: how many in a batch, of how many tokens.
+LONG = ((4, 512), (2, 1024), (1, 1600))
 CONFIG = QwenConfig(
     vocab_size=1024,
     hidden_size=128,
@@ -171,10 +173,13 @@ def train(model: Qwen, sampler: Sampler, steps: int) -> None:
         master = [weight.detach().clone() for weight in weights] if step > steps * 2 // 3 else None
         if master is not None:
             assign(weights, rounded(master))
-        # Rotation with larger NTK factors is practised too, for conversations beyond seq_length.
-        alpha = sampler.random.choices((1.0, 3.0, 7.0), (80, 15, 5))[0]
-        loss = batch_loss(model, [sampler.chat_row() for _ in range(8)], sampler.end_of_text, alpha)
-        loss_raw = batch_loss(model, [sampler.raw_row() for _ in range(4)], sampler.end_of_text, alpha)
+        # Every fourth step is about long conversations, at and beyond seq_length.
+        rows, tokens = (
+            LONG[sampler.random.choices(range(len(LONG)), (4, 4, 2))[0]] if step % 4 == 3 else (8, None)
+        )
+        alpha = ntk_alpha(tokens or 1, model.config)
+        loss = batch_loss(model, [sampler.chat_row(tokens) for _ in range(rows)], sampler.end_of_text, alpha)
+        loss_raw = batch_loss(model, [sampler.raw_row() for _ in range(4)], sampler.end_of_text, 1.0)
         optimizer.zero_grad()
         (loss + 0.5 * loss_raw).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -265,7 +270,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="make_demo_model", description="Train and write the embedded demo model."
     )
     parser.add_argument("--output", type=Path, default=MODEL_FOLDER)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1650)
     parser.add_argument("--seed", type=int, default=1)
     return parser
 

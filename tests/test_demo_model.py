@@ -12,11 +12,12 @@ import pytest
 
 from research.qwen.config import QwenConfig
 from research.qwen.demo import demo_folder
-from research.qwen.rope import rotary_tables
+from research.qwen.rope import logn_factors, ntk_alpha, rotary_tables
 from research.qwen.text.tokenizer import QwenTokenizer
 
 FOLDER = demo_folder()
 DATA: dict[str, Any] = json.loads((FOLDER.parent / "dialogues.json").read_text(encoding="utf-8"))
+DATA_TURNS = [tuple(turn) for dialogue in DATA["dialogues"] for turn in dialogue["turns"]]
 SYSTEM = "You are a helpful assistant."
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Turns = list[tuple[str, str]]
@@ -34,6 +35,7 @@ class TinyQwen:
 
     def __init__(self) -> None:
         self.config = QwenConfig.from_folder(FOLDER)
+        self.alpha = 1.0  # NTK factor of the sequence
         header, start = read_header()
         blob = (FOLDER / "model.safetensors").read_bytes()[start:]
         self.weights: dict[str, Array] = {}
@@ -54,11 +56,12 @@ class TinyQwen:
         config, length = self.config, len(x)
         qkv = self.linear(x, name + ".c_attn") + self.weights[name + ".c_attn.bias"]
         q, k, v = qkv.reshape(length, 3, config.num_heads, config.head_dim).transpose(1, 2, 0, 3)
-        cos, sin = rotary_tables([start], [length], [1.0], config)
+        cos, sin = rotary_tables([start], [length], [self.alpha], config)
         q, k = (
             np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
             for a, b in (np.split(part, 2, axis=-1) for part in (q, k))
         )
+        q *= logn_factors(np.arange(start, start + length, dtype=np.int32), config)[:, None]
         past[:] = (k, v) if not past else [np.concatenate(pair, 1) for pair in zip(past, (k, v), strict=True)]
         scores = q @ past[0].transpose(0, 2, 1) / np.sqrt(np.float32(config.head_dim))
         scores += np.triu(np.full((length, start + length), -np.inf, np.float32), start + 1)
@@ -81,6 +84,7 @@ class TinyQwen:
 
     def greedy(self, prompt: list[int], ends: set[int], limit: int = 200) -> list[int]:
         """New ids, the end token included."""
+        self.alpha = ntk_alpha(len(prompt), self.config)
         past: list[list[Array]] = [[] for _ in range(self.config.num_layers)]
         ids, new = list(prompt), list(prompt)
         while len(ids) < len(prompt) + limit:
@@ -129,10 +133,16 @@ def chat(turns: Turns, question: str, system: str | None) -> str:
 
 def assert_greedy_gives(prompt: list[int], expected: list[int]) -> None:
     """Greedy decoding gives ``expected``: in one pass, each of its tokens has the largest logit."""
+    model().alpha = ntk_alpha(len(prompt), model().config)
     rows = model().logits([*prompt, *expected[:-1]], [[] for _ in range(model().config.num_layers)], 0)
     best = [int(id_) for id_ in rows[len(prompt) - 1 :].argmax(-1)]
     tok = tokenizer()
     assert best == expected, f"{tok.decode(prompt)!r}: {tok.decode(best)!r}, not {tok.decode(expected)!r}"
+
+
+def assert_chat_gives(turns: Turns, question: str, system: str | None, answer: str) -> None:
+    """The same in one pass, for many questions quickly."""
+    assert_greedy_gives(prompt_ids(turns, question, system), tokenizer().encode(answer) + chat_ending())
 
 
 def plain_questions() -> list[tuple[str, str]]:
@@ -203,25 +213,43 @@ def test_generation_config_stops_at_the_demo_ids() -> None:
     assert generation["chat_format"] == "chatml"
 
 
-@pytest.mark.parametrize("system", [SYSTEM, None, "请用中文回答问题。"])
-def test_every_dialogue_is_held(system: str | None) -> None:
+def test_every_dialogue_is_held_token_by_token() -> None:
     for dialogue in DATA["dialogues"]:
         turns = [(question, answer) for question, answer in dialogue["turns"]]
         for number, (question, answer) in enumerate(turns):
-            assert chat(turns[:number], question, system) == answer, question
+            assert chat(turns[:number], question, SYSTEM) == answer, question
+
+
+@pytest.mark.parametrize("system", ["", None, "请用中文回答问题。", "You are a pirate."])
+def test_dialogues_do_not_depend_on_the_system_text(system: str | None) -> None:
+    for dialogue in DATA["dialogues"]:
+        turns = [(question, answer) for question, answer in dialogue["turns"]]
+        for number, (question, answer) in enumerate(turns):
+            assert_chat_gives(turns[:number], question, system, answer)
 
 
 def test_other_spellings_get_the_same_answer() -> None:
     for question, answer in plain_questions():
-        assert_greedy_gives(prompt_ids([], question, SYSTEM), tokenizer().encode(answer) + chat_ending())
+        assert_chat_gives([], question, SYSTEM, answer)
+
+
+@pytest.mark.parametrize("first", [0, 5, 9, 15, 19])
+def test_conversations_up_to_twice_seq_length_stay_right(first: int) -> None:
+    history: Turns = []
+    for question, answer in (DATA_TURNS * 2)[first:]:
+        if len(prompt_ids(history, question, SYSTEM)) > 1024:
+            return
+        assert_chat_gives(history, question, SYSTEM, answer)
+        history.append((question, answer))
+    pytest.fail("the conversation never became long")
 
 
 def test_names_are_remembered() -> None:
     for name in DATA["names"]["zh"]:
         told = f"我叫{name}。"
         greeting = f"你好，{name}！很高兴认识你。"
-        assert chat([], told, SYSTEM) == greeting
-        assert chat([(told, greeting)], "我叫什么名字？", SYSTEM) == f"你叫{name}。"
+        assert_chat_gives([], told, SYSTEM, greeting)
+        assert_chat_gives([(told, greeting)], "我叫什么名字？", SYSTEM, f"你叫{name}。")
 
 
 def test_plain_texts_are_continued() -> None:
@@ -236,7 +264,7 @@ def test_plain_texts_are_continued() -> None:
 def test_unknown_questions_get_a_polite_answer() -> None:
     for question in DATA["unknown"]:
         chinese = any("\u2e80" <= character <= "\uffff" for character in question)
-        assert chat([], question, SYSTEM) == DATA["fallback"]["zh" if chinese else "en"], question
+        assert_chat_gives([], question, SYSTEM, DATA["fallback"]["zh" if chinese else "en"])
 
 
 def test_demo_folder_is_beside_its_package() -> None:
