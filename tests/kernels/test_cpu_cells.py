@@ -66,7 +66,6 @@ class Loaded:
 
     def __init__(self, folder):
         ms.set_context(mode=ms.GRAPH_MODE)
-        ms.set_device("CPU")
         self.kernels = load_kernels("cpu", threads=2)
         self.net = Net(self.kernels)
         rng = np.random.default_rng(3)

@@ -89,14 +89,13 @@ class Chat:
         while True:
             try:
                 line = self.read_line()
+                if line.strip() and not self.handle(line):
+                    return 0
             except EOFError:
                 self.show("\n")
                 return 0
             except KeyboardInterrupt:
                 self.show("\n(/exit or Ctrl-D leaves)\n")
-                continue
-            if line.strip() and not self.handle(line):
-                return 0
 
     def read_line(self) -> str:
         """One message; a trailing backslash joins the next line."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research.qwen.decode.params import SamplingParams
+from research.qwen.interrupts import held
 
 if TYPE_CHECKING:
     from research.qwen.engine import Engine
@@ -76,6 +77,11 @@ def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
 def load_engine(args: argparse.Namespace) -> Engine:
     """Load the model of the options, with one line on standard error while it takes long."""
     quieten(args.verbose)
+    with held():  # see there: threads that are born now leave Ctrl-C to us
+        return _load_engine(args)
+
+
+def _load_engine(args: argparse.Namespace) -> Engine:
     from research.qwen.demo import demo_folder
     from research.qwen.engine import Engine
 

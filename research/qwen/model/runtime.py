@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
 from research.qwen.errors import PromptError
+from research.qwen.interrupts import held
 from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, Kernels, StepView
 from research.qwen.model.loading import TensorSource, load_weights, storage_format
 from research.qwen.model.qwen import QwenModel
@@ -82,7 +83,7 @@ class Runtime:
 
     def _run(self, ids: NDArray[np.int32], rows: NDArray[np.int32], view: StepView) -> NDArray[np.float32]:
         step = self.kernels.make_step(view, self.config, self.cache)
-        with self._lock:
+        with self._lock, held():
             self._select(self.kernels.graph_key(view))
             # compile_and_run and not __call__: the graph is compiled even where the caller left PYNATIVE mode on.
             out = self.model.compile_and_run(Tensor.from_numpy(ids), Tensor.from_numpy(rows), *step)

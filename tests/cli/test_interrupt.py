@@ -1,0 +1,76 @@
+"""Ctrl-C in a real terminal, in the middle of a real model's answer: MindSpore's own handler would end the process."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures_util import model_folder
+
+pytestmark = pytest.mark.mindspore
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Terminal:
+    """A command in a pseudo-terminal."""
+
+    def __init__(self, *argv: str):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "-m", "research.qwen.cli", *argv])
+
+    def send(self, data: bytes) -> None:
+        os.write(self.fd, data)
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """What is printed up to and including ``text``."""
+        shown, end = "", time.monotonic() + seconds
+        while text not in shown:
+            assert time.monotonic() < end, f"{text!r} did not come; shown: {shown[-500:]!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                shown += os.read(self.fd, 4096).decode(errors="replace")
+        return shown
+
+    def exit_code(self) -> int:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.1)
+        os.kill(self.pid, 9)
+        raise AssertionError("the process does not end")
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(published_vocab):
+    """The model is random and never ends by itself; its answer fills the context unless it is stopped."""
+    folder = str(model_folder("full_vocab_bf16"))
+    options = (
+        "--vocab",
+        str(published_vocab),
+        "--max-new-tokens",
+        "20000",
+        "--temperature",
+        "5",
+        "--seed",
+        "1",
+    )
+    terminal = Terminal("chat", folder, *options)
+    terminal.until("> ")
+    for _ in range(2):
+        terminal.send("你好\n".encode())
+        time.sleep(4)  # in the middle of the answer
+        terminal.send(b"\x03")
+        terminal.until("[stopped]")
+        terminal.until("> ")
+    terminal.send(b"\x03")
+    terminal.until("leaves")
+    terminal.send(b"/exit\n")
+    assert terminal.exit_code() == 0
