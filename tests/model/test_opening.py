@@ -38,7 +38,9 @@ def test_converted_checkpoints_answer_as_the_original(converted, path, backend):
     engine = Engine.from_pretrained(converted / path, backend=backend, num_blocks=64)
     result = engine.generate([list(golden["prompt1_ids"])], GREEDY)[0]
     np.testing.assert_array_equal(result.prompt_ids + result.ids, golden["greedy1_ids"][: 7 + 16])
-    assert engine.eos_ids == (151643,) or not engine.eos_ids
+    original = Engine.from_pretrained(model_folder("bin_old_fp16"), backend=backend, num_blocks=64)
+    assert set(engine.eos_ids) == set(original.eos_ids) == {1535}
+    assert engine.default_params() == original.default_params()
 
 
 def test_a_ckpt_with_its_yaml_alone(converted, tmp_path):
