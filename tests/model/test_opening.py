@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_nothing_there(tmp_path):
 def test_weights_are_mapped_and_not_copied():
     """On cpu a parameter is the file's own memory."""
     engine = Engine.from_pretrained(model_folder("st_new_bf16"), num_blocks=16)
-    maps = open("/proc/self/maps").read()
+    maps = Path("/proc/self/maps").read_text()
     ranges = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in maps.splitlines()

@@ -181,7 +181,9 @@ def token_logprob(logits: Logits, token: int, top: int) -> TokenLogprob:
     """Log-softmax of the unmodified logits (V,): for ``token``, and for the ``top`` best, best first."""
     peak = _peak(logits)
     with np.errstate(over="ignore"):
-        scores = logits - logits.dtype.type(peak)  # float32 stays: a relative error of 1e-7, at a third of the time
+        scores = logits - logits.dtype.type(
+            peak
+        )  # float32 stays: a relative error of 1e-7, at a third of the time
     normaliser = peak + float(np.log(np.exp(scores, out=scores).sum(dtype=np.float64)))
     best = top_indices(logits, top) if top else np.empty(0, np.int64)
     best = best[np.argsort(-logits[best], kind="stable")]
