@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ class Terminal:
     def __init__(self, *argv: str):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "-m", "research.qwen.cli", *argv])
 
@@ -45,8 +48,12 @@ class Terminal:
             if done:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.1)
-        os.kill(self.pid, 9)
         raise AssertionError("the process does not end")
+
+    def kill(self) -> None:
+        """Leave nothing running, whatever the test found."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(published_vocab):
@@ -63,6 +70,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(published_vocab):
         "1",
     )
     terminal = Terminal("chat", folder, *options)
+    try:
+        stop_twice_and_leave(terminal)
+    finally:
+        terminal.kill()
+
+
+def stop_twice_and_leave(terminal: Terminal) -> None:
     terminal.until("> ")
     for _ in range(2):
         terminal.send("你好\n".encode())

@@ -41,12 +41,17 @@ def stop(args: list[str], number: signal.Signals) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job ignores Ctrl-C, and so would everything it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "half-way\n"
-        run.send_signal(number)
-        _, err = run.communicate(timeout=60)
-        return run.returncode, err
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "half-way\n"
+            run.send_signal(number)
+            _, err = run.communicate(timeout=60)
+            return run.returncode, err
+        finally:
+            run.kill()
 
 
 def arguments(kind: str, out: Path) -> list[str]:
