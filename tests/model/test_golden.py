@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from research.qwen.config import QwenConfig
-from research.qwen.decode.loop import Chunk
+from research.qwen.decode.loop import Chunk, GenerationLoop
 from research.qwen.decode.params import SamplingParams
 from research.qwen.engine import Engine
 from tests.model.golden import BACKENDS, TOLERANCE, assert_logits, load, weights_folder
@@ -157,3 +157,31 @@ def test_layer_trace(case):
         assert difference <= TOLERANCE, f"{key}: max {difference:.2e}"
         compared += 1
     assert compared >= 10 * engine.lm.config.num_layers
+
+
+def test_repetition_penalty_in_a_batch(case):
+    """The published code penalises a row's padding (id 0), too; a row without padding agrees, others are as alone."""
+    _, engine, golden = case
+    masks = golden["batch_mask"].astype(bool)
+    rows = [[int(i) for i in ids[mask]] for ids, mask in zip(golden["batch_ids"], masks, strict=True)]
+    width, full = masks.shape[1], [i for i, mask in enumerate(masks) if mask.all()]
+    assert full
+    results = engine.generate(rows, REPEAT)
+    for i, row in enumerate(rows):
+        assert results[i].ids == engine.generate([row], REPEAT)[0].ids
+    for i in full:
+        np.testing.assert_array_equal(results[i].ids, golden["batch_rep_ids"][i, width:])
+
+
+def test_stop_sequence_at_the_end_of_the_prompt(case):
+    """The published code ends there at once (``stop_in_prompt_ids``); ours answers: only new ids end an answer."""
+    _, engine, golden = case
+    word, prompt = list(golden["stop_in_prompt_word"]), [int(i) for i in golden["prompt1_ids"]]
+    assert prompt[-len(word) :] == word and len(golden["stop_in_prompt_ids"]) == len(prompt) + 1
+    loop = GenerationLoop(engine.lm)
+    loop.add(prompt, GREEDY, stop_sequences=[word])
+    tokens = []
+    while loop.busy:
+        tokens += [event.token for event in loop.step()]
+    want = [int(i) for i in golden["greedy1_ids"][len(prompt) :]]
+    assert tokens == want[: len(tokens)] and (tokens[-len(word) :] == word or len(tokens) == 64)
