@@ -25,6 +25,11 @@ from research.qwen.text.tokenizer import QwenTokenizer
 
 SCORE_CHUNK = 256  # rows of logits held at once while scoring: 256 x 151936 float32 = 156 MB
 
+NO_VOCABULARY = (
+    "This model was loaded without one: put its qwen.tiktoken beside the checkpoint, name it (vocab_file), set "
+    "QWEN_TIKTOKEN, or pip install dashscope, which ships the published file; token ids work without"
+)
+
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 
@@ -151,7 +156,7 @@ class Engine:
     def render(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
         """Prompt ids of a conversation in ChatML, ready for the assistant's answer."""
         if self.tokenizer is None:
-            raise RequestError("chat needs a vocabulary; this engine was loaded without one")
+            raise RequestError(f"chat needs a vocabulary. {NO_VOCABULARY}")
         turns = [_as_message(message, place) for place, message in enumerate(messages)]
         if not turns:
             raise PromptError("messages is empty; give at least one user message")
