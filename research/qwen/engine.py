@@ -191,9 +191,7 @@ class Engine:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise RequestError(
-                    "a text prompt needs a vocabulary; this engine was loaded without one: pass ids"
-                )
+                raise RequestError(f"a text prompt needs a vocabulary. {NO_VOCABULARY}")
             return self.tokenizer.encode(prompt)
         return self._check_types(prompt)
 
