@@ -200,6 +200,25 @@ def test_prompt_longer_than_the_context(engine):
         engine.logits([1] * 1025)
 
 
+def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(engine, golden):
+    with pytest.raises(PromptError, match="outside"):
+        engine.generate([prompt_ids(golden, 0), [-1]], GREEDY)
+    assert not engine._loop.busy and not engine._requests
+
+
+def test_an_interrupted_batch_leaves_nothing_running(engine, golden, monkeypatch):
+    calls = []
+
+    def interrupt(key, params):
+        calls.append(key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_collect", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt_ids(golden, 0), prompt_ids(golden, 1)], GREEDY)
+    assert calls and not engine._loop.busy and not engine._requests
+
+
 def test_not_a_prompt(engine):
     with pytest.raises(PromptError, match="integers"):
         engine.generate([[1.5]], GREEDY)

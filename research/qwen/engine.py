@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,10 @@ class Engine:
         params = params or self.default_params()
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
         keys = self._submit(encoded, params)
-        return [self._collect(key, params) for key in keys]
+        try:
+            return [self._collect(key, params) for key in keys]
+        finally:
+            self._forget(keys)  # after an interruption the others must not go on
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, yielding deltas of whole characters; the last one has finish reason and usage.
@@ -136,7 +140,7 @@ class Engine:
         """
         params = params or self.default_params()
         key = self._submit([self._encode(prompt)], params)[0]
-        return self._deltas(key)
+        return self._deltas(key, self._requests[key])
 
     def chat(
         self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams | None = None
@@ -220,19 +224,24 @@ class Engine:
     def _submit(self, encoded: Sequence[list[int]], params: SamplingParams) -> list[int]:
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a vocabulary; use stop_token_ids")
-        for ids in encoded:
-            self._check_ids(ids)
-            if len(ids) >= self.lm.max_length:
-                raise PromptError(
-                    f"the prompt has {len(ids)} tokens and leaves no room: the context holds {self.lm.max_length}"
-                )
-        keys = []
+        keys: list[int] = []
         with self._lock:
-            for ids in encoded:
-                key = self._loop.add(ids, params, self.eos_ids)
-                self._requests[key] = Request(ids, params, self.tokenizer)
-                keys.append(key)
+            try:
+                for ids in encoded:
+                    keys.append(self._loop.add(ids, params, self.eos_ids))
+                    self._requests[keys[-1]] = Request(ids, params, self.tokenizer)
+            except PromptError:  # all or nothing: what came before the bad prompt must not run either
+                self._forget(keys)
+                raise
         return keys
+
+    def _forget(self, keys: Sequence[int]) -> None:
+        """Drop requests nobody waits for any more, and free their cache."""
+        with self._lock:
+            for key in keys:
+                request = self._requests.pop(key, None)
+                if request is not None and request.running:
+                    self._loop.cancel(key)
 
     def _pump(self) -> None:
         """One step of the shared loop; its events go to the inboxes of their requests."""
@@ -253,8 +262,7 @@ class Engine:
             if track.done and event.finish_reason is None:  # a stop string: the loop does not know it yet
                 self._loop.cancel(event.key, event.choice)
 
-    def _deltas(self, key: int) -> Iterator[Delta]:
-        request = self._requests[key]
+    def _deltas(self, key: int, request: Request) -> Iterator[Delta]:
         try:
             while True:
                 with self._lock:
@@ -267,23 +275,18 @@ class Engine:
                 for place, delta in enumerate(pending):
                     if ended and place == len(pending) - 1:
                         usage = Usage(len(request.prompt_ids), request.new_tokens)
-                        delta = Delta(
-                            delta.text, delta.ids, delta.index, delta.finish_reason, delta.logprobs, usage
-                        )
+                        delta = replace(delta, usage=usage)
                     yield delta
                 if ended:
                     return
         finally:
-            with self._lock:
-                if request.running and request.failure is None:
-                    self._loop.cancel(key)
-                self._requests.pop(key, None)
+            self._forget([key])
 
     def _collect(self, key: int, params: SamplingParams) -> Result:
         request = self._requests[key]
         deltas: list[list[Delta]] = [[] for _ in range(params.n)]
         usage = Usage(len(request.prompt_ids), 0)
-        for delta in self._deltas(key):
+        for delta in self._deltas(key, request):
             deltas[delta.index].append(delta)
             usage = delta.usage or usage
         choices = []
