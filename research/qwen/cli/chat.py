@@ -15,7 +15,7 @@ from research.qwen.cli.common import add_model_options, add_sampling_options, lo
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import QwenError, RequestError
 from research.qwen.messages import Delta, Message
-from research.qwen.text.chatml import DEFAULT_SYSTEM
+from research.qwen.text.chatml import DEFAULT_SYSTEM, fit
 
 if TYPE_CHECKING:
     from research.qwen.engine import Engine
@@ -135,21 +135,19 @@ class Chat:
 
     def stream(self, query: str) -> Iterator[Delta]:
         """Deltas of the answer; the oldest turns are left out, with a notice, when the context is full."""
-        room = self.engine.lm.max_length - 1
-        turns = list(self.history)
-        while True:
-            ids = self.engine.render(self.messages(turns, query))
-            if len(ids) <= room or not turns:
-                break
-            turns.pop(0)
-        if len(turns) < len(self.history):
-            self.show(f"[context full: the oldest {len(self.history) - len(turns)} turns are left out]\n")
-        return self.engine.stream(ids, self.params)
+        tokenizer = self.engine.tokenizer
+        assert tokenizer is not None  # main() refuses an engine without one
+        messages = self.messages(query)
+        kept = fit(messages, tokenizer, self.engine.lm.max_length - 1)
+        if len(kept) < len(messages):
+            left_out = (len(messages) - len(kept)) // 2
+            self.show(f"[context full: the oldest {left_out} turns are left out]\n")
+        return self.engine.stream(self.engine.render(kept), self.params)
 
-    def messages(self, turns: Sequence[tuple[str, str]], query: str) -> list[Message]:
-        """The conversation as messages."""
+    def messages(self, query: str) -> list[Message]:
+        """The conversation so far and the query."""
         listed = [Message("system", self.system)]
-        for asked, answered in turns:
+        for asked, answered in self.history:
             listed += [Message("user", asked), Message("assistant", answered)]
         return [*listed, Message("user", query)]
 

@@ -84,14 +84,15 @@ def load_engine(args: argparse.Namespace) -> Engine:
 def _load_engine(args: argparse.Namespace) -> Engine:
     from research.qwen.demo import demo_folder
     from research.qwen.engine import Engine
+    from research.qwen.kernels.devices import resolve_device
 
     path = Path(args.model) if args.model else demo_folder()
     started = time.monotonic()
     if sys.stderr.isatty():
         print(f"loading {path} ...", file=sys.stderr)
-    device = resolve_device(args.device) if args.backend is None else args.device
-    if args.backend is not None and device == "auto":
-        device = "ascend" if args.backend == "ascend" else "cpu"
+    device = args.device
+    if device == "auto":  # a backend that is named decides: the device need not be looked for
+        device = ("ascend" if args.backend == "ascend" else "cpu") if args.backend else resolve_device(device)
     dtype = args.dtype or ("float16" if device == "ascend" else "float32")
     engine = Engine.from_pretrained(
         path,
@@ -105,15 +106,6 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     if sys.stderr.isatty():
         print(f"ready after {time.monotonic() - started:.1f} s on {device}", file=sys.stderr)
     return engine
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` as the device that is there; other names as they are."""
-    if device != "auto":
-        return device
-    from research.qwen.kernels.devices import device_available
-
-    return "ascend" if device_available() else "cpu"
 
 
 def quieten(verbose: bool) -> None:

@@ -22,6 +22,7 @@ from research.qwen.errors import KernelError
 from research.qwen.kernels.api import CacheSpec, StepView
 from research.qwen.kernels.build import library_path
 from research.qwen.kernels.native import NativeLibrary
+from research.qwen.kernels.parameters import placeholder, zero_cache
 from research.qwen.rope import logn_factors, rotary_tables
 
 _F32, _I32 = DataType.F32_Default, DataType.I32_Default
@@ -40,10 +41,10 @@ class Linear(nn.Cell):  # type: ignore[misc]
         super().__init__()
         suffix, dtype, kind = _format(fmt)
         self.shape = (n_out, n_in)
-        self.weight = _placeholder("weight", (1, 1), dtype)
+        self.weight = placeholder("weight", 2, dtype)
         self.has_bias = bias
         if bias:
-            self.bias = _placeholder("bias", (1,), np.float32)
+            self.bias = placeholder("bias", 1)
         self.kernel = _kernel(
             library, f"QwenLinear{'Bias' if bias else ''}{suffix}", _F32, kind, *([_F32] if bias else [])
         )
@@ -66,7 +67,7 @@ class Embedding(nn.Cell):  # type: ignore[misc]
         super().__init__()
         suffix, dtype, kind = _format(fmt)
         self.shape = (rows, dim)
-        self.weight = _placeholder("weight", (1, 1), dtype)
+        self.weight = placeholder("weight", 2, dtype)
         self.kernel = _kernel(library, f"QwenEmbedding{suffix}", _I32, kind)
 
     def construct(self, ids: Tensor) -> Tensor:
@@ -114,11 +115,8 @@ class Attention(nn.Cell):  # type: ignore[misc]
     def __init__(self, library: Path, config: QwenConfig, cache: CacheSpec) -> None:
         super().__init__()
         shape = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
-        # Parameters, not buffers: a buffer becomes a constant of the graph, and equal constants are merged.
-        self.key_cache = _placeholder("key_cache", (1,) * 4, np.float32)
-        self.value_cache = _placeholder("value_cache", (1,) * 4, np.float32)
-        for parameter in (self.key_cache, self.value_cache):
-            parameter.set_data(Tensor.from_numpy(np.zeros(shape, np.float32)), slice_shape=True)
+        self.key_cache = zero_cache("key_cache", shape)
+        self.value_cache = zero_cache("value_cache", shape)
         types = (_F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32, _F32)
         self.kernel = _kernel(library, "QwenAttention", *types)
 
@@ -259,11 +257,6 @@ def _format(fmt: str) -> tuple[str, type[np.generic], Any]:
     if fmt not in _FORMATS:
         raise KernelError(f"the cpu backend stores weights as {', '.join(_FORMATS)}, not {fmt!r}")
     return _FORMATS[fmt]
-
-
-def _placeholder(name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> Parameter:
-    # One element only: Parameter(tensor) copies, so the real array comes by set_data(tensor, slice_shape=True).
-    return Parameter(Tensor.from_numpy(np.zeros(shape, dtype)), name=name, requires_grad=False)
 
 
 def _kernel(library: Path, name: str, *inputs: Any) -> ops.Custom:

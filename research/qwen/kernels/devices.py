@@ -42,3 +42,10 @@ def _first_line(text: str) -> str:
     """The first sentence of a message of several lines."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else ""
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as the device that is there, ascend or cpu; other names as they are."""
+    if device != "auto":
+        return device
+    return "ascend" if device_available() else "cpu"

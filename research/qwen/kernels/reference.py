@@ -7,18 +7,14 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, StepView
 from research.qwen.kernels.arrays import widen
+from research.qwen.kernels.parameters import placeholder, zero_cache
 from research.qwen.rope import logn_factors, rotary_tables
-
-
-def placeholder(name: str, rank: int) -> Parameter:
-    """A parameter whose data is set later; the loader replaces shape and memory without a copy."""
-    return Parameter(Tensor(np.zeros((1,) * rank, np.float32)), name=name, requires_grad=False)
 
 
 class ReferenceKernels:
@@ -154,10 +150,8 @@ class PagedAttention(nn.Cell):
         self.hidden = config.hidden_size
         self.scale = 1.0 / math.sqrt(self.dim)
         shape = (cache.num_blocks, cache.block_size, self.heads, self.dim)
-        self.key_cache = placeholder("key_cache", 4)
-        self.value_cache = placeholder("value_cache", 4)
-        for parameter in (self.key_cache, self.value_cache):
-            parameter.set_data(Tensor.from_numpy(np.zeros(shape, np.float32)), slice_shape=True)
+        self.key_cache = zero_cache("key_cache", shape)
+        self.value_cache = zero_cache("value_cache", shape)
         self.write = ops.ScatterNdUpdate()
         self.softmax = ops.Softmax(-1)
 

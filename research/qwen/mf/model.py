@@ -69,9 +69,11 @@ class QwenForCausalLM(PreTrainedModel):
         self.cache = cache_spec(self.shape, name, run.num_blocks, run.block_size)
         self.lock = threading.RLock()
         self._alphas: dict[int, float] = {}
-        self._install(ZeroSource(self.shape, initial_format(run.param_init_type, self.kernels)))
-        self._empty = True
-        self.load_checkpoint(config)
+        if config.checkpoint_name_or_path:
+            self.load_checkpoint(config)
+        else:
+            self._install(ZeroSource(self.shape, initial_format(run.param_init_type, self.kernels)))
+            self._empty = True
 
     # ---- weights ----
 

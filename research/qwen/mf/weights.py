@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.kernels.api import Kernels
+from research.qwen.kernels.arrays import STORED
 from research.qwen.model.loading import SMALL, is_cache
 from research.qwen.weights.names import expected
 
@@ -69,8 +70,7 @@ class ZeroSource:
 
     def read(self, name: str) -> NDArray[Any]:
         """Zeros."""
-        kind = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[self.dtype(name)]
-        return np.zeros(self._shapes[name], kind)
+        return np.zeros(self._shapes[name], STORED[self.dtype(name)])
 
 
 def initial_format(param_init_type: str, kernels: Kernels) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from research.qwen.config import QwenConfig, read_json
 from research.qwen.errors import CheckpointError, ConfigError, KernelError
 from research.qwen.kernels.api import BACKENDS, CacheSpec, load_kernels
+from research.qwen.kernels.devices import resolve_device
 from research.qwen.model.runtime import Runtime
 from research.qwen.settings import RunSettings, load_settings
 from research.qwen.weights.names import check
@@ -68,11 +69,7 @@ def resolve_backend(device: str, backend: str | None) -> str:
         raise KernelError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
     if backend is not None and backend not in BACKENDS:
         raise KernelError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if device == "auto":
-        from research.qwen.kernels.devices import device_available
-
-        device = "ascend" if device_available() else "cpu"
-    return backend or device
+    return backend or resolve_device(device)
 
 
 def backend_options(name: str, dtype: str, threads: int | None) -> dict[str, Any]:
