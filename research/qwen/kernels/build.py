@@ -31,15 +31,36 @@ FLAGS = (
 )
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+VNNI = (*AVX512, "-mavx512vnni", "-mavx512bf16")
+AMX = (*VNNI, "-mamx-tile", "-mamx-int8")
+DOT = ("-march=armv8.2-a+dotprod",)
+# Portable sources, and groups of kernels (GROUP_isa.cc, entry point GROUP_ISA) with their instruction sets.
+PORTABLE = ("isa", "pool", "linear", "attention", "pointwise", "ops", "ops_attention")
+X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
+ARM = {"base": (), "dot": DOT}
+FLOATS = ("base", "avx2", "avx512")
+GROUPS = {"linear": FLOATS, "attention": FLOATS, "pointwise": FLOATS}
 
 _log = logging.getLogger(__name__)
 
 
 def variants(machine: str) -> dict[str, tuple[str, ...]]:
-    """Instruction sets the kernels are compiled for on a machine (``platform.machine()``), with their flags."""
+    """Instruction sets a machine (``platform.machine()``) may have, with the compiler's flags."""
     if machine in ("x86_64", "AMD64"):
-        return {"base": (), "avx2": AVX2, "avx512": AVX512}
-    return {"base": ()}
+        return X86
+    return ARM if machine == "aarch64" else {"base": ()}
+
+
+def units(machine: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What is compiled: (object name, source name, flags), portable sources first."""
+    plain: list[tuple[str, str, tuple[str, ...]]] = [(name, name, ()) for name in PORTABLE]
+    flags = variants(machine)
+    return plain + [
+        (f"{group}_{isa}", f"{group}_isa", (*flags[isa], f"-DQWEN_TABLE={group}_{isa}"))
+        for group, isas in GROUPS.items()
+        for isa in isas
+        if isa in flags
+    ]
 
 
 def find_compiler() -> str:
@@ -86,7 +107,7 @@ def library_path() -> Path:
 
 def _fingerprint(compiler: str, machine: str) -> str:
     digest = hashlib.sha256(_compiler_version(compiler).encode())
-    digest.update(repr((machine, FLAGS, sorted(variants(machine).items()))).encode())
+    digest.update(repr((machine, FLAGS, units(machine))).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cc", ".h"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -109,12 +130,9 @@ def _build(compiler: str, machine: str, target: Path) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
         objects = Path(folder)
-        jobs: list[tuple[Path, Path, tuple[str, ...]]] = []
-        for name in ("dispatch", "pool"):
-            jobs.append((SOURCES / f"{name}.cc", objects / f"{name}.o", ()))
-        for isa, flags in variants(machine).items():
-            defines = (f"-DQWEN_TABLE=table_{isa}", f'-DQWEN_NAME="{isa}"')
-            jobs.append((SOURCES / "kernels.cc", objects / f"kernels_{isa}.o", (*flags, *defines)))
+        jobs = [
+            (SOURCES / f"{source}.cc", objects / f"{name}.o", flags) for name, source, flags in units(machine)
+        ]
         running = [
             _start([compiler, *FLAGS, *extra, "-c", str(src), "-o", str(obj)]) for src, obj, extra in jobs
         ]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from research.qwen.errors import KernelError
 
-ISAS = ("avx512", "avx2", "base")
+ISAS = ("amx", "vnni", "avx512", "avx2", "dot", "base")
 
 
 class NativeLibrary:

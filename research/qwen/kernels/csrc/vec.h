@@ -21,6 +21,9 @@
 
 namespace {
 
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 constexpr int kLanes = QWEN_LANES;
 typedef float V __attribute__((vector_size(4 * QWEN_LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * QWEN_LANES)));
