@@ -120,16 +120,28 @@ def test_two_processes_build_once(fake, tmp_path):
     ]
     answers = {process.communicate()[0] for process in started}
     assert len(answers) == 1 and answers.pop().strip().endswith(".so")
-    assert runs(tmp_path) == 3 + len(build.variants(platform.machine())), (
-        "dispatch, pool, one a variant, one link"
-    )
+    assert runs(tmp_path) == len(build.units(platform.machine())) + 1, "every unit once, one link"
 
 
 def test_no_flag_ties_the_library_to_this_processor():
     assert set(build.variants("x86_64")) == {"base", "avx2", "avx512", "vnni", "amx"}
-    assert set(build.variants("aarch64")) == {"base"}
+    assert set(build.variants("aarch64")) == {"base", "dot"}
     flags = [*build.FLAGS, *(flag for isa in build.variants("x86_64").values() for flag in isa)]
     assert not any(flag.startswith(("-march", "-mtune", "-ffast-math")) for flag in flags)
+    arm = [flag for isa in build.variants("aarch64").values() for flag in isa]
+    assert not any("native" in flag or "fast-math" in flag for flag in arm)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64"])
+def test_units_of_a_machine(machine):
+    """Every portable source once, every group for the instruction sets it names and the machine may have."""
+    units = build.units(machine)
+    names = [name for name, _, _ in units]
+    assert len(set(names)) == len(names) and set(build.PORTABLE) < set(names)
+    assert all((build.SOURCES / f"{source}.cc").is_file() for _, source, _ in units)
+    for group in build.GROUPS:
+        isas = {name.removeprefix(f"{group}_") for name, source, _ in units if source == f"{group}_isa"}
+        assert isas == set(build.GROUPS[group]) & set(build.variants(machine)) and "base" in isas
 
 
 def test_imports_no_mindspore():
