@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,15 @@ def fake(tmp_path, monkeypatch):
     return write
 
 
+@pytest.fixture
+def own_sources(tmp_path, monkeypatch):
+    """A copy of the sources that a test may change."""
+    folder = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, folder)
+    monkeypatch.setattr(build, "SOURCES", folder)
+    return folder
+
+
 def runs(folder: Path) -> int:
     """How often the stand-in compiler has compiled or linked."""
     log = folder / "runs"
@@ -49,25 +61,79 @@ def test_built_once_and_then_found(fake, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     first = build.library_path()
     assert first.parent == tmp_path / "cache" and first.suffix == ".so" and first.read_text() == "library\n"
-    assert "building" in caplog.text
+    assert "built the C++ kernels" in caplog.text
     count = runs(tmp_path)
     caplog.clear()
     assert build.library_path() == first
     assert runs(tmp_path) == count and not caplog.records
-    assert {path.suffix for path in first.parent.iterdir()} == {".so", ".lock"}, "temporary files are gone"
+    names = sorted(path.name for path in first.parent.iterdir())
+    assert names == [first.with_suffix(".lock").name, first.name, "objects"], "temporary files are gone"
 
 
-def test_another_compiler_source_or_flag_is_another_library(fake, tmp_path, monkeypatch):
+def test_a_changed_source_compiles_its_own_objects_only(fake, tmp_path, own_sources):
+    build.library_path()
+    everything = len(build.units(platform.machine()))
+    compiled = []
+    for name in ("pool.cc", "linear_isa.cc", "linear.h", "vec.h"):
+        (own_sources / name).write_bytes((own_sources / name).read_bytes() + b"// changed\n")
+        before = runs(tmp_path)
+        assert build.library_path().exists()
+        compiled.append(runs(tmp_path) - before - 1)
+    isas = len(set(build.GROUPS["linear"]) & set(build.variants(platform.machine())))
+    assert compiled[:2] == [1, isas], "a portable source; a group on each instruction set"
+    assert isas < compiled[2] < everything, "a header: those that include it, also through another header"
+    assert compiled[2] < compiled[3] < everything
+    (own_sources / "not_listed.cc").write_text("int unused;\n")
+    before = runs(tmp_path)
+    assert build.library_path().exists() and runs(tmp_path) == before
+
+
+def test_objects_nobody_uses_are_removed(fake, tmp_path):
+    build.library_path()
+    objects = tmp_path / "cache" / "objects"
+    old, used = objects / "old.o", sorted(objects.iterdir())[0]
+    old.write_text("")
+    long_ago = time.time() - (build.OBJECT_DAYS + 1) * 86400
+    for path in (old, used):
+        os.utime(path, (long_ago, long_ago))
+    fake(version="2")  # another library of the same sources
+    build.library_path()
+    assert not old.exists() and not used.exists()
+
+
+def test_a_relative_cache_folder(fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QWEN_CACHE_DIR", "here")
+    assert build.library_path().resolve().parent == tmp_path / "here"
+
+
+def test_a_long_build_says_so_once(fake, caplog, monkeypatch):
+    monkeypatch.setattr(build, "NOTICE_SECONDS", 0.05)
+    fake(body="sleep 0.05")
+    build.library_path()
+    assert caplog.text.count("compiling the C++ kernels") == 1
+
+
+def test_command_line(fake, tmp_path, capsys):
+    assert build.main([]) == 0
+    assert capsys.readouterr().out == f"{build.library_path()}\n"
+    target = tmp_path / "deep" / "arm.so"
+    assert build.main(["--machine", "aarch64", "--output", str(target)]) == 0
+    assert target.read_text() == "library\n" and [path.name for path in target.parent.iterdir()] == ["arm.so"]
+    fake(body="exit 1")
+    assert build.main(["--output", str(target)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit):
+        build.main(["--machine", "aarch64"])
+
+
+def test_another_compiler_source_or_flag_is_another_library(fake, monkeypatch, request):
     paths = {build.library_path()}
     fake(version="2")
     paths.add(build.library_path())
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
     paths.add(build.library_path())
-    sources = tmp_path / "csrc"
-    sources.mkdir()
-    for path in build.SOURCES.iterdir():
-        (sources / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(build, "SOURCES", sources)
+    sources = request.getfixturevalue("own_sources")
     assert build.library_path() in paths, "the place of the sources does not matter"
     (sources / "vec.h").write_text("// changed\n")
     paths.add(build.library_path())
@@ -79,7 +145,8 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(fake, tmp_path):
     with pytest.raises(KernelError, match="no such thing") as caught:
         build.library_path()
     assert "exit 3" in str(caught.value)
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    left = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock")
+    assert left == ["objects"] and not list((tmp_path / "cache" / "objects").iterdir())
     fake()
     assert build.library_path().exists()
 
