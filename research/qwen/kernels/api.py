@@ -8,7 +8,7 @@ All activations are flattened tokens: T tokens of any number of sequences in one
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("cpu", "reference", "ascend")
 ONE_GRAPH = "step"
+# Published name of a matrix -> the format it is stored in (see Kernels).
+FormatOf = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class StepView:
 class Kernels(Protocol):
     """A backend. Cells take and return (T, width) tensors of ``activation_dtype``.
 
-    ``fmt`` names how a weight matrix is stored: float32, bfloat16 or float16 (more are a backend's own).
-    Parameters of the cells: linear ``weight`` (n_out, n_in) and ``bias`` (n_out,); rms_norm ``weight``
-    (dim,); embedding ``weight`` (rows, dim).
+    ``fmt`` names how a weight matrix is stored: float32, bfloat16, float16, or the text of a quantisation scheme
+    (quant.schemes), with ``-order`` behind it where the inputs are permuted. Parameters of the cells: linear
+    ``weight`` (n_out, n_in) and ``bias`` (n_out,); rms_norm ``weight`` (dim,); embedding ``weight`` (rows, dim);
+    of a quantised matrix the backend's own, as ``quantised_parameters`` names them.
     """
 
     name: str
@@ -105,6 +108,12 @@ class Kernels(Protocol):
         attends causally over each sequence's blocks.
         """
 
+    def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> nn.Cell:
+        """Cell (x (T, hidden), step tuple) -> (T, hidden): a whole pre-norm layer, parameters as in ``layer.Layer``.
+
+        One call, so that a backend may fuse as much of it as it likes.
+        """
+
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
         """Host side: the small tuple of tensors that the model hands through to every attention cell."""
 
@@ -118,6 +127,11 @@ class Kernels(Protocol):
 
         Graphs differ in the length of their step tuple, which is static at compile time: cells branch on it.
         """
+
+    def quantised_parameters(
+        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int
+    ) -> dict[str, Tensor]:
+        """Parameter name -> tensor for a matrix (n, k) given as the packed arrays of quant.schemes."""
 
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
         """The tensor a parameter of format ``fmt`` is set to, sharing the array's memory where possible."""

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError, KernelError
-from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.kernels.api import CacheSpec, FormatOf, StepView
 from research.qwen.kernels.arrays import STORED, widen
 from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
 from research.qwen.kernels.devices import ascend_problem, ascend_soc
+from research.qwen.kernels.layer import Layer
 from research.qwen.rope import logn_factors, rotary_tables
 
 PREFILL, PAGED = "prefill", "paged"
@@ -85,6 +86,10 @@ class AscendKernels:
         ]  # pages are touched when used
         return PagedAttention(self.fused, config, caches, self._causal)
 
+    def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> nn.Cell:
+        """Cell (x, step) -> (T, hidden) from the cells above."""
+        return Layer(config, self, cache, prefix, fmt)
+
     def graph_key(self, view: StepView) -> str:
         """``prefill`` if every run starts its sequence, else ``paged``."""
         return PAGED if any(view.starts) else PREFILL
@@ -141,57 +146,6 @@ class AscendKernels:
         return Tensor.from_numpy(_converted(array, fmt, self._numpy, self.activation_dtype))
 
 
-class Linear(nn.Cell):
-    """y = x W^T + b; MindSpore merges the product and the sum into one kernel."""
-
-    def __init__(self, bias: bool, dtype: Any):
-        super().__init__()
-        self.weight = placeholder("weight", 2, dtype)
-        self.bias = placeholder("bias", 1, dtype) if bias else None
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.add = ops.Add()
-
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(x, self.weight)
-        return y if self.bias is None else self.add(y, self.bias)
-
-
-class Embedding(nn.Cell):
-    """Rows of a table."""
-
-    def __init__(self, dtype: Any):
-        super().__init__()
-        self.weight = placeholder("weight", 2, dtype)
-        self.gather = ops.Gather()
-
-    def construct(self, ids: Tensor) -> Tensor:
-        return self.gather(self.weight, ids, 0)
-
-
-class RMSNorm(nn.Cell):
-    """x * rsqrt(mean(x^2) + eps) * weight; the fused kernel keeps the statistics in float32."""
-
-    def __init__(self, fused: FusedOps, eps: float, dtype: Any):
-        super().__init__()
-        self.weight = placeholder("weight", 1, dtype)
-        self.norm = fused.RmsNorm(eps)
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.norm(x, self.weight)[0]
-
-
-class SwiGLU(nn.Cell):
-    """a * silu(b). The fused kernel activates the first half of its input, so b goes first."""
-
-    def __init__(self, fused: FusedOps):
-        super().__init__()
-        self.cat = ops.Concat(-1)
-        self.fused = fused.Swiglu()
-
-    def construct(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.fused(self.cat((b, a)), -1)
-
-
 class PagedAttention(nn.Cell):
     """Rotary, log-n, cache write, and attention: over the new keys (prefill) or over the cache (paged)."""
 
@@ -231,11 +185,6 @@ class PagedAttention(nn.Cell):
         return self.paged(q, self.key_cache, self.value_cache, tables, lengths, None, None, mask, q_lens)
 
 
-def placeholder(name: str, rank: int, dtype: Any) -> Parameter:
-    """A parameter whose data is set later; the loader replaces shape and memory."""
-    return Parameter(Tensor(np.zeros((1,) * rank), dtype), name=name, requires_grad=False)
-
-
 def check_shapes(config: QwenConfig, cache: CacheSpec) -> None:
     """KernelError for sizes the fused operators do not take; every published Qwen has heads of 128."""
     dim, block = config.head_dim, cache.block_size
@@ -264,23 +213,6 @@ def _triangle(dtype: str) -> Tensor:
     """(128, 128) causal mask of layout TH, added to the scores; bfloat16 has 1 = forbidden (MindFormers)."""
     forbidden = 1.0 if dtype == "bfloat16" else MASKED
     return Tensor(np.triu(np.full((TRIANGLE, TRIANGLE), forbidden, np.float32), 1), getattr(ms, dtype))
-
-
-def _converted(array: NDArray[Any], fmt: str, target: Any, name: str) -> NDArray[Any]:
-    """``array`` (stored as ``fmt``) in another dtype, a slice at a time; refuses what overflows."""
-    source = np.ascontiguousarray(array).reshape(-1)
-    result = np.empty(source.shape, target)
-    for start in range(0, source.size, ROWS_AT_ONCE):
-        part = widen(source[start : start + ROWS_AT_ONCE], fmt)
-        if name == "float16" and part.size:
-            largest = float(np.max(np.abs(part)))
-            if not largest < 65520.0:  # rounds to infinity; a NaN is refused too
-                raise CheckpointError(
-                    f"weight value {largest:g} does not fit float16 (largest 65504); use dtype bfloat16 "
-                    "or device cpu"
-                )
-        result[start : start + ROWS_AT_ONCE] = part.astype(target)
-    return result.reshape(array.shape)
 
 
 def build(

@@ -8,30 +8,34 @@ the same row computed alone, bit for bit, whatever the number of rows, threads o
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
-from mindspore.ops import CustomRegOp, DataType
+from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
-from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.kernels.api import CacheSpec, FormatOf, StepView
 from research.qwen.kernels.build import library_path
+from research.qwen.kernels.cpu_layer import FusedLayer, PackedEmbedding, PackedLinear, float_plan
+from research.qwen.kernels.cpu_ops import F32, I32, TYPES, operator
+from research.qwen.kernels.layer import Layer
 from research.qwen.kernels.native import NativeLibrary
+from research.qwen.kernels.packing import packing
 from research.qwen.kernels.parameters import placeholder, zero_cache
 from research.qwen.rope import logn_factors, rotary_tables
 
-_F32, _I32 = DataType.F32_Default, DataType.I32_Default
-# format -> suffix of the kernels' names, NumPy type of the parameter, MindSpore's registration type
-_FORMATS: dict[str, tuple[str, type[np.generic], Any]] = {
-    "float32": ("F32", np.float32, DataType.F32_Default),
-    "bfloat16": ("BF16", np.uint16, DataType.U16_Default),
-    "float16": ("F16", np.float16, DataType.F16_Default),
+# format -> suffix of the kernels' names, NumPy type of the parameter
+_FORMATS: dict[str, tuple[str, type[np.generic]]] = {
+    "float32": ("F32", np.float32),
+    "bfloat16": ("BF16", np.uint16),
+    "float16": ("F16", np.float16),
 }
+ACTIVATIONS = ("int8", "float32")
 
 
 class Linear(nn.Cell):  # type: ignore[misc]
@@ -39,25 +43,36 @@ class Linear(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, library: Path, n_in: int, n_out: int, bias: bool, fmt: str) -> None:
         super().__init__()
-        suffix, dtype, kind = _format(fmt)
+        suffix, dtype = _format(fmt)
+        self.fmt, self.kind = fmt, TYPES[dtype]
         self.shape = (n_out, n_in)
         self.weight = placeholder("weight", 2, dtype)
         self.has_bias = bias
         if bias:
             self.bias = placeholder("bias", 1)
-        self.kernel = _kernel(
-            library, f"QwenLinear{'Bias' if bias else ''}{suffix}", _F32, kind, *([_F32] if bias else [])
-        )
+        self.kernel = operator(library, f"QwenLinear{'Bias' if bias else ''}{suffix}", F32, *self.types())
 
-    def construct(self, x: Tensor) -> Tensor:
-        """(T, n_in) float32 -> (T, n_out) float32; ValueError at compilation if the weight is not loaded."""
+    def plan(self) -> list[int]:
+        """What the fused layer must know of this matrix."""
+        return float_plan(self.fmt, self.has_bias, *self.shape)
+
+    def types(self) -> list[Any]:
+        """Registration types of ``inputs``."""
+        return [self.kind, *([F32] if self.has_bias else [])]
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The parameters as inputs of an operator; ValueError at compilation if the weight is not loaded."""
         if self.weight.shape != self.shape:
             raise ValueError(
                 f"linear weight has shape {self.weight.shape}, expected {self.shape}; load it first"
             )
         if self.has_bias:
-            return self.kernel(x, self.weight, self.bias)
-        return self.kernel(x, self.weight)
+            return (self.weight, self.bias)
+        return (self.weight,)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """(T, n_in) float32 -> (T, n_out) float32."""
+        return self.kernel(x, *self.inputs())
 
 
 class Embedding(nn.Cell):  # type: ignore[misc]
@@ -65,10 +80,10 @@ class Embedding(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, library: Path, rows: int, dim: int, fmt: str) -> None:
         super().__init__()
-        suffix, dtype, kind = _format(fmt)
+        suffix, dtype = _format(fmt)
         self.shape = (rows, dim)
         self.weight = placeholder("weight", 2, dtype)
-        self.kernel = _kernel(library, f"QwenEmbedding{suffix}", _I32, kind)
+        self.kernel = operator(library, f"QwenEmbedding{suffix}", I32, TYPES[dtype])
 
     def construct(self, ids: Tensor) -> Tensor:
         """(T,) int32 -> (T, dim) float32; every id must be below the number of rows."""
@@ -86,7 +101,7 @@ class RmsNorm(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.weight = Parameter(Tensor(np.ones(dim, np.float32)), name="weight", requires_grad=False)
         self.eps = Tensor(np.array([eps], np.float32))
-        self.kernel = _kernel(library, "QwenRmsNorm", _F32, _F32, _F32)
+        self.kernel = operator(library, "QwenRmsNorm", F32, F32, F32)
 
     def construct(self, x: Tensor) -> Tensor:
         """(T, dim) float32 -> (T, dim) float32."""
@@ -98,7 +113,7 @@ class SwiGlu(nn.Cell):  # type: ignore[misc]
 
     def __init__(self, library: Path) -> None:
         super().__init__()
-        self.kernel = _kernel(library, "QwenSwiGlu", _F32, _F32)
+        self.kernel = operator(library, "QwenSwiGlu", F32, F32)
 
     def construct(self, a: Tensor, b: Tensor) -> Tensor:
         """Two (T, width) float32 -> (T, width) float32."""
@@ -117,8 +132,8 @@ class Attention(nn.Cell):  # type: ignore[misc]
         shape = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
         self.key_cache = zero_cache("key_cache", shape)
         self.value_cache = zero_cache("value_cache", shape)
-        types = (_F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32, _F32)
-        self.kernel = _kernel(library, "QwenAttention", *types)
+        types = (F32, F32, F32, F32, I32, I32, I32, I32, F32, F32)
+        self.kernel = operator(library, "QwenAttention", *types)
 
     def construct(self, qkv: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         """qkv (T, 3 * hidden) float32 and the tuple of ``make_step`` -> (T, hidden) float32."""
@@ -134,20 +149,32 @@ class CpuKernels:
     name = "cpu"
     activation_dtype = "float32"
 
-    def __init__(self, library: Path, threads: int) -> None:
-        self._library = library
+    def __init__(self, library: Path, threads: int, activations: str = "int8") -> None:
+        self._library, self._exact = library, activations == "float32"
         native = NativeLibrary(library)
         native.set_threads(threads)
         self.isa = native.isa
         self.threads = threads
 
-    def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> Linear:
-        """Cell x (T, n_in) -> (T, n_out); KernelError if the format is unknown."""
-        return Linear(self._library, n_in, n_out, bias, fmt)
+    def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> Linear | PackedLinear:
+        """Cell x (T, n_in) -> (T, n_out); KernelError or ConfigError if the format is unknown."""
+        packed = packing(fmt)
+        if packed is None:
+            return Linear(self._library, n_in, n_out, bias, fmt)
+        return PackedLinear(self._library, n_in, n_out, bias, packed, self._exact)
 
-    def embedding(self, rows: int, dim: int, fmt: str) -> Embedding:
-        """Cell ids (T,) int32 -> (T, dim) float32; KernelError if the format is unknown."""
-        return Embedding(self._library, rows, dim, fmt)
+    def embedding(self, rows: int, dim: int, fmt: str) -> Embedding | PackedEmbedding:
+        """Cell ids (T,) int32 -> (T, dim) float32; KernelError or ConfigError if the format is unknown."""
+        packed = packing(fmt)
+        if packed is None:
+            return Embedding(self._library, rows, dim, fmt)
+        return PackedEmbedding(self._library, rows, dim, packed)
+
+    def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> FusedLayer:
+        """Cell (x, step) -> (T, hidden): the whole layer as one operator."""
+        if not hasattr(Attention, "caches"):
+            return Layer(config, self, cache, prefix, fmt)
+        return FusedLayer(self._library, config, self, cache, prefix, fmt, self._exact)
 
     def rms_norm(self, dim: int, eps: float) -> RmsNorm:
         """Cell (T, dim) -> (T, dim)."""
@@ -187,27 +214,36 @@ class CpuKernels:
         """One graph serves every view."""
         return "step"
 
+    def quantised_parameters(
+        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int
+    ) -> dict[str, Tensor]:
+        """Tensors on the packed arrays' own memory."""
+        return {name: Tensor.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
         """A tensor on the array's own memory (also read-only and mapped); bfloat16 is given and kept as uint16 bits.
 
         Raises KernelError if the array's type is not the one of ``fmt``.
         """
-        _, dtype, _ = _format(fmt)
+        _, dtype = _format(fmt)
         if array.dtype != dtype:
             raise KernelError(f"a {fmt} parameter needs an array of {np.dtype(dtype)}, got {array.dtype}")
         return Tensor.from_numpy(np.ascontiguousarray(array))
 
 
-def build(threads: int | None = None) -> CpuKernels:
+def build(threads: int | None = None, activations: str = "int8") -> CpuKernels:
     """Compile (once) and load the kernels.
 
     ``threads``: default the environment variable QWEN_THREADS, else the physical cores this process may use.
-    Raises KernelError without a compiler or for an invalid number of threads.
+    ``activations``: what packed integer weights are multiplied with: int8, quantised per token and run of inputs,
+    or float32, exact and slower. Raises KernelError without a compiler or for an invalid value.
     """
+    if activations not in ACTIVATIONS:
+        raise KernelError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
     count = default_threads() if threads is None else threads
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
         raise KernelError(f"threads must be an integer of 1 to 1024, got {threads!r}")
-    return CpuKernels(library_path(), count)
+    return CpuKernels(library_path(), count, activations)
 
 
 def default_threads() -> int:
@@ -253,17 +289,7 @@ def check_view(view: StepView, cache: CacheSpec) -> None:
             )
 
 
-def _format(fmt: str) -> tuple[str, type[np.generic], Any]:
+def _format(fmt: str) -> tuple[str, type[np.generic]]:
     if fmt not in _FORMATS:
         raise KernelError(f"the cpu backend stores weights as {', '.join(_FORMATS)}, not {fmt!r}")
     return _FORMATS[fmt]
-
-
-def _kernel(library: Path, name: str, *inputs: Any) -> ops.Custom:
-    registration = CustomRegOp()  # without it MindSpore dies with "The pointer[value] is null"
-    for i in range(len(inputs)):
-        registration = registration.input(i, f"x{i}")
-    info = registration.output(0, "y").dtype_format(*inputs, _F32).target("CPU").get_op_info()
-    return ops.Custom(
-        f"{library}:{name}", out_shape=None, out_dtype=ms.float32, func_type="aot", reg_info=info
-    )

@@ -11,8 +11,9 @@ from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
-from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, StepView
+from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
 from research.qwen.kernels.arrays import widen
+from research.qwen.kernels.layer import Layer
 from research.qwen.kernels.parameters import placeholder, zero_cache
 from research.qwen.rope import logn_factors, rotary_tables
 
@@ -42,6 +43,10 @@ class ReferenceKernels:
     def attention(self, config: QwenConfig, cache: CacheSpec) -> nn.Cell:
         """Cell (qkv (T, 3H), step) -> (T, H)."""
         return PagedAttention(config, cache)
+
+    def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> nn.Cell:
+        """Cell (x, step) -> (T, hidden) from the cells above."""
+        return Layer(config, self, cache, prefix, fmt)
 
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
         """Tables plus the maps between flattened tokens and rows padded to the longest run."""

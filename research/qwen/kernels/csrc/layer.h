@@ -1,0 +1,38 @@
+// One whole transformer layer as a single operator: a graph of five operators a layer costs a tenth of the time of a
+// token, and between them the activations of one token would travel through MindSpore's allocator.
+#pragma once
+#include <cstdint>
+
+#include "attention.h"
+#include "quant.h"
+
+namespace qwen {
+
+// A matrix W (n, k): row-major numbers of a float format, or packed integers.
+struct Matrix {
+  bool quantised = false;
+  const void* data = nullptr;   // float formats
+  int format = 0;               // kF32, kBF16, kF16
+  QuantWeight packed = {};
+  const float* bias = nullptr;  // (n,) or null
+  int64_t n = 0, k = 0;
+};
+
+struct LayerArgs {
+  const float* x;               // (T, hidden)
+  float* y;                     // (T, hidden)
+  int64_t rows, hidden;
+  float eps;
+  bool exact;                   // float32 activations also for packed weights
+  const float *ln_1, *ln_2;     // (hidden,)
+  AttentionArgs attention;      // all but qkv and y
+  Matrix c_attn, attn_proj, w1, w2, mlp_proj;
+};
+
+// y = x W^T + b + residual on all threads; inside a Turn. residual: (rows, n) or null, may be y.
+int apply(const Matrix& w, const float* x, int64_t rows, bool exact, const float* residual, float* y);
+
+// Inside a Turn. 0, or the error of the part that failed.
+int layer(const LayerArgs& a);
+
+}  // namespace qwen

@@ -1,0 +1,131 @@
+// The fused layer and packed matrices as MindSpore calls them. MindSpore keeps one registration a name, with the number
+// and types of the inputs, so there are several names for each operator: Python takes one for every set of types.
+#include "isa.h"
+#include "layer.h"
+#include "linear.h"
+#include "ops.h"
+#include "pool.h"
+
+namespace qwen {
+namespace {
+
+// `plan` (int32): what the inputs behind it are. Written by kernels/cpu_cells.py.
+enum MatrixPlan { kFormat, kBits, kGroup, kZeros, kOrder, kBias, kN, kK, kMatrixPlan };
+enum LayerPlan { kEps, kExact, kCacheFormat, kHeads, kHeadDim, kBlockSize, kMatrices };
+constexpr int32_t kPacked = 3;  // kFormat of packed integers, after kF32, kBF16, kF16
+
+// Takes the inputs of one matrix, in the order weight, scales, zeros, order, bias.
+Matrix read_matrix(const int32_t* plan, void**& p) {
+  Matrix m;
+  m.n = plan[kN], m.k = plan[kK];
+  const void* weight = *p++;
+  m.quantised = plan[kFormat] == kPacked;
+  if (m.quantised) {
+    m.packed.codes = static_cast<const uint8_t*>(weight);
+    m.packed.scales = *p++;
+    m.packed.zeros = plan[kZeros] ? static_cast<const uint8_t*>(*p++) : nullptr;
+    m.packed.order = plan[kOrder] ? static_cast<const int32_t*>(*p++) : nullptr;
+    m.packed.n = m.n, m.packed.k = m.k, m.packed.bits = plan[kBits], m.packed.group = plan[kGroup];
+  } else {
+    m.data = weight;
+    m.format = plan[kFormat];
+  }
+  m.bias = plan[kBias] ? static_cast<const float*>(*p++) : nullptr;
+  return m;
+}
+
+// Takes the inputs of the cache: keys, values and, for integers, their scales.
+void** read_cache(int format, void** p, AttentionArgs* a) {
+  a->format = format;
+  a->keys = *p++;
+  a->values = *p++;
+  if (format == kCacheInt8) {
+    a->key_scales = static_cast<float*>(*p++);
+    a->value_scales = static_cast<float*>(*p++);
+  }
+  return p;
+}
+
+// inputs x, plan, cos, sin, logn, slots, tables, q_lens, kv_lens, keys, values[, key scales, value scales], ln_1, ln_2,
+// then c_attn, attn.c_proj, w1, w2, mlp.c_proj; output like x
+int layer_op(int count, void** p, int64_t** shapes) {
+  if (isa() == kNone) return 1;
+  const auto* plan = static_cast<const int32_t*>(p[1]);
+  LayerArgs a;
+  a.x = static_cast<const float*>(p[0]);
+  a.y = static_cast<float*>(p[count - 1]);
+  a.rows = shapes[0][0], a.hidden = shapes[0][1];
+  __builtin_memcpy(&a.eps, plan + kEps, sizeof a.eps);
+  a.exact = plan[kExact];
+  AttentionArgs& at = a.attention;
+  at.cos = static_cast<const float*>(p[2]), at.sin = static_cast<const float*>(p[3]);
+  at.logn = static_cast<const float*>(p[4]);
+  at.slots = static_cast<const int32_t*>(p[5]), at.tables = static_cast<const int32_t*>(p[6]);
+  at.q_lens = static_cast<const int32_t*>(p[7]), at.kv_lens = static_cast<const int32_t*>(p[8]);
+  at.tokens = a.rows, at.sequences = shapes[6][0], at.width = shapes[6][1];
+  at.blocks = shapes[9][0], at.block_size = plan[kBlockSize], at.heads = plan[kHeads], at.d = plan[kHeadDim];
+  void** rest = read_cache(plan[kCacheFormat], p + 9, &at);
+  const bool fits = at.heads * at.d == a.hidden && shapes[2][0] == a.rows && shapes[2][1] * 2 == at.d &&
+                    shapes[3][0] == a.rows && shapes[4][0] == a.rows && shapes[5][0] == a.rows &&
+                    shapes[7][0] == at.sequences && shapes[8][0] == at.sequences;
+  if (!fits) return 1;
+  if (!attention_fits(at)) return 2;
+  a.ln_1 = static_cast<const float*>(*rest++);
+  a.ln_2 = static_cast<const float*>(*rest++);
+  const int32_t* matrix = plan + kMatrices;
+  for (Matrix* m : {&a.c_attn, &a.attn_proj, &a.w1, &a.w2, &a.mlp_proj}) {
+    *m = read_matrix(matrix, rest);
+    matrix += kMatrixPlan;
+  }
+  if (rest != p + count - 1) return 1;
+  Turn turn;
+  return layer(a);
+}
+
+// inputs x (T, K), plan [exact, matrix plan], then one matrix; output (T, rows of the packed matrix)
+int packed_op(int count, void** p, int64_t** shapes) {
+  const auto* plan = static_cast<const int32_t*>(p[1]);
+  void** rest = p + 2;
+  const Matrix m = read_matrix(plan + 1, rest);
+  if (isa() == kNone || shapes[0][1] != m.k || rest != p + count - 1) return 1;
+  Turn turn;
+  return apply(m, static_cast<const float*>(p[0]), shapes[0][0], plan[0], nullptr, static_cast<float*>(p[count - 1]));
+}
+
+// inputs ids (T,), plan (1, dim) that begins with the matrix plan, then one packed matrix; output (T, dim)
+int packed_embedding_op(int count, void** p, int64_t** shapes) {
+  const auto* plan = static_cast<const int32_t*>(p[1]);
+  void** rest = p + 2;
+  const Matrix m = read_matrix(plan, rest);
+  const auto* ids = static_cast<const int32_t*>(p[0]);
+  auto* y = static_cast<float*>(p[count - 1]);
+  if (isa() == kNone || rest != p + count - 1) return 1;
+  for (int64_t t = 0; t < shapes[0][0]; ++t) {
+    if (ids[t] < 0 || ids[t] >= m.n) return 2;
+    dequantize_row(m.packed, ids[t], y + t * m.k);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace qwen
+
+#define EACH_NAME(define) define(0) define(1) define(2) define(3) define(4) define(5) define(6) define(7) \
+  define(8) define(9) define(10) define(11) define(12) define(13) define(14) define(15)
+
+#define LAYER(i) \
+  KERNEL(QwenLayer##i) { return qwen::layer_op(count, p, shapes); } \
+  INFER(QwenLayer##i) { return qwen::like(ndims[0], shapes[0]); }
+EACH_NAME(LAYER)
+
+// Rows of a packed matrix are a multiple of 16; the cell cuts surplus columns off.
+#define PACKED(i) \
+  KERNEL(QwenPacked##i) { return qwen::packed_op(count, p, shapes); } \
+  INFER(QwenPacked##i) { return {shapes[0][0], shapes[2][0] * 16}; }
+EACH_NAME(PACKED)
+
+// An output shape is made from input shapes only, so the plan is as wide as a row.
+#define PACKED_EMBEDDING(i) \
+  KERNEL(QwenPackedEmbedding##i) { return qwen::packed_embedding_op(count, p, shapes); } \
+  INFER(QwenPackedEmbedding##i) { return {shapes[0][0], shapes[1][1]}; }
+EACH_NAME(PACKED_EMBEDDING)
