@@ -1,9 +1,17 @@
-"""Packaging: metadata, pinned dependencies and the data files of the package."""
+"""Packaging: metadata, pinned dependencies, the data files of the package and its compiled kernels."""
 
+import os
+import platform
 import re
+import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Distribution, find_namespace_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -21,6 +29,64 @@ def long_description() -> str:
     """README.md, or nothing in a tree without it."""
     readme = ROOT / "README.md"
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+def kernels() -> ModuleType:
+    """The build module of the kernels in this tree; it needs the standard library only."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from research.qwen.kernels import build
+    finally:
+        sys.path.remove(str(ROOT))
+    return build
+
+
+class BuildWithKernels(build_py):
+    """Compiles the kernels into the package; an editable install compiles them into the user's cache instead.
+
+    A failure ends no installation: the backend `reference` works without, and `cpu` says what is missing.
+    """
+
+    def run(self) -> None:
+        super().run()
+        build = kernels()
+        try:
+            made = build.library_path() if self.editable_mode else self.compile_kernels(build)
+        except (build.KernelError, OSError) as error:
+            print(f"warning: the kernels of the backend 'cpu' are not compiled: {error}", file=sys.stderr)
+        else:
+            print(f"compiled kernels: {made}")
+
+    def compile_kernels(self, build: ModuleType) -> Path:
+        folder = Path(self.build_lib, "research", "qwen", "kernels", build.SHIPPED.name)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build
+        machine = platform.machine()
+        target = folder / f"kernels-{build.fingerprint(machine, build.source_texts())}.so"
+        objects = build.cache_folder() / "objects"  # kept for the next build, or found from an earlier one
+        with suppress(OSError):
+            objects.mkdir(parents=True, exist_ok=True)
+        kept = objects if os.access(objects, os.W_OK) else None
+        build.build_library(build.find_compiler(), machine, target, kept)
+        return target
+
+
+class PackageWithKernels(Distribution):
+    """A distribution for one platform where there is a compiler, else one for any."""
+
+    def has_ext_modules(self) -> bool:
+        build = kernels()
+        try:
+            return bool(build.find_compiler())
+        except build.KernelError:
+            return False
+
+
+class WheelWithKernels(bdist_wheel):
+    """Tagged with the platform, but with no Python version: the kernels are no extension module."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
 
 
 TORCH = "torch==2.13.0"
@@ -78,4 +144,6 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     zip_safe=False,
+    distclass=PackageWithKernels,
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelWithKernels},
 )

@@ -151,6 +151,23 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(fake, tmp_path):
     assert build.library_path().exists()
 
 
+def test_a_library_that_came_with_the_package(fake, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    monkeypatch.setattr(build, "SHIPPED", folder)
+    built = build.library_path()
+    shipped = folder / f"kernels-{build.fingerprint(platform.machine(), build.source_texts())}.so"
+    shipped.write_bytes(b"for a system unlike this one")
+    assert build.library_path() == built and "cannot be loaded" in caplog.text
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: None)
+    assert build.library_path() == shipped
+    monkeypatch.setenv("CXX", "nowhere++")
+    assert build.library_path() == shipped, "needs no compiler"
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    with pytest.raises(KernelError, match=r"nowhere\+\+"):
+        build.library_path()
+
+
 def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
