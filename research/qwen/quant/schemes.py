@@ -155,7 +155,8 @@ def pack(codes: Codes, scheme: Scheme, order: NDArray[np.integer[Any]] | None = 
     zeros = np.full((rows, scheme.groups(k)), scheme.middle, np.uint8)
     if codes.zeros is not None:
         zeros[:n] = codes.zeros
-    full = np.repeat(zeros, columns // zeros.shape[1], axis=1)
+    # A zero point read from elsewhere may be one beyond the largest code.
+    full = np.repeat(np.minimum(zeros, scheme.top), columns // zeros.shape[1], axis=1)
     full[:n, :k] = codes.codes
     scales = np.zeros(zeros.shape, packed_shapes(scheme, n, k)["scales"][1])
     scales[:n] = codes.scales
