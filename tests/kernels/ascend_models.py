@@ -9,6 +9,7 @@ from research.qwen.decode.loop import Chunk
 from research.qwen.kernels import ascend, reference
 from research.qwen.kernels.api import CacheSpec, StepView
 from research.qwen.model.runtime import Runtime
+from research.qwen.quant.schemes import Scheme, dequantize_packed, pack, quantize
 from research.qwen.weights.names import expected
 from tests.kernels.ascend_standins import standins
 
@@ -38,11 +39,51 @@ class RandomWeights:
     def names(self):
         return list(self.tensors)
 
-    def dtype(self, name):
+    def format(self, name):
         return "float32"
 
     def read(self, name):
         return self.tensors[name]
+
+
+class QuantWeights(RandomWeights):
+    """Random weights whose matrices are quantised; ``formats``: end of a name -> scheme, "-order" with act-order.
+
+    ``plain()`` is the same model with the dequantised matrices in float32.
+    """
+
+    def __init__(self, config: QwenConfig, formats: dict[str, str], seed: int = 0):
+        super().__init__(config, seed)
+        self.formats: dict[str, str] = {}
+        self.floats = dict(self.tensors)
+        for name, values in list(self.tensors.items()):
+            fmt = next((fmt for end, fmt in formats.items() if name.endswith(end)), None)
+            if fmt is None or values.ndim != 2:
+                continue
+            arrays = packed(values, fmt, seed)
+            scheme = Scheme.parse(fmt.removesuffix("-order"))
+            self.formats[name] = str(scheme)
+            self.floats[name] = dequantize_packed(arrays, scheme, *values.shape)
+            stem = name.removesuffix("weight")
+            del self.tensors[name]
+            self.tensors |= {stem + part: array for part, array in arrays.items()}
+
+    def format(self, name):
+        return self.formats.get(name, "float32")
+
+    def plain(self) -> RandomWeights:
+        plain = RandomWeights.__new__(RandomWeights)
+        plain.tensors = self.floats
+        return plain
+
+
+def packed(values: np.ndarray, fmt: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Packed arrays of a matrix; with "-order" its inputs are stored in a random order."""
+    scheme = Scheme.parse(fmt.removesuffix("-order"))
+    if not fmt.endswith("-order"):
+        return pack(quantize(values, scheme), scheme)
+    order = np.random.default_rng(seed).permutation(values.shape[1])
+    return pack(quantize(values[:, order], scheme), scheme, order)
 
 
 def ascend_runtime(config=TINY, dtype="float32", ops=None, source=None, cache=CACHE, **options) -> Runtime:

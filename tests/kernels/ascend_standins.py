@@ -1,4 +1,4 @@
-"""CPU stand-ins for the six fused Ascend operators: plain operators, written from the public contract.
+"""CPU stand-ins for the seven fused Ascend operators: plain operators, written from the public contract.
 
 They take the real constructor arguments and inputs in the real order, so a model graph built with them is the
 Ascend graph but for the kernels. They compute in float32, whatever their dtype. What they get is checked:
@@ -29,6 +29,8 @@ def standins(dtype: str = "float32", eager: bool = False) -> FusedOps:
         ReshapeAndCache=make(ReshapeAndCache),
         FlashAttentionScore=make(FlashAttentionScore),
         PagedAttention=make(PagedAttention),
+        WeightQuantBatchMatmul=make(WeightQuantBatchMatmul),
+        packed_int4="int8",  # CPU has no operator that takes int4; the bytes are the same
     )
 
 
@@ -277,6 +279,70 @@ class PagedAttention(StandIn):
         demand(bool((contexts <= tables.shape[1] * block_size).all()), "the tables hold every context")
         demand(tables.min() >= 0 and tables.max() < cache.shape[0], "block ids in the cache")
         demand(mask.shape == (query.shape[0], tables.shape[1] * block_size), "a mask column per cached place")
+
+
+class WeightQuantBatchMatmul(StandIn):
+    """x @ ((weight + offset) * scale): weight (k, n) int8, (n, k) if transposed, or (k, n / 2) pairs of int4."""
+
+    def __init__(self, transpose_x=False, transpose_weight=False, antiquant_group_size=0, *, dtype, eager):
+        super().__init__(dtype, eager)
+        demand(not transpose_x, "x is (T, k)")
+        demand(antiquant_group_size % 32 == 0, "groups are multiples of 32")
+        self.transposed, self.group = transpose_weight, antiquant_group_size
+
+    def construct(
+        self,
+        x,
+        weight,
+        antiquant_scale,
+        antiquant_offset=None,
+        quant_scale=None,
+        quant_offset=None,
+        bias=None,
+    ):
+        if quant_scale is not None or quant_offset is not None or bias is not None:
+            raise ValueError("contract: the output is not quantised and the bias is added outside")
+        self.expect(x, 2, self.compute)
+        self.expect(weight, 2, ms.int8)
+        self.expect(antiquant_scale, 2 if self.group else 1, self.compute)
+        k, n = x.shape[1], antiquant_scale.shape[-1]
+        if k > 65535 or n > 65535:
+            raise ValueError("contract: k and n are at most 65535")
+        if self.group and (self.group >= k or antiquant_scale.shape[0] != -(-k // self.group)):
+            raise ValueError("contract: a group is below k, and scale has a row per group")
+        levels = self.levels(weight, k, n)
+        if antiquant_offset is not None:
+            self.expect(antiquant_offset, antiquant_scale.ndim, self.compute)
+            if antiquant_offset.shape != antiquant_scale.shape:
+                raise ValueError("contract: offset has the shape of scale")
+            levels = levels + self.along(antiquant_offset, k, n)
+        weight = levels * self.along(antiquant_scale, k, n)
+        return ops.matmul(self.widened(x), weight).astype(self.compute)
+
+    def levels(self, weight, k, n):
+        """Signed codes (k, n) in float32."""
+        wide = self.widened(weight)
+        if self.transposed:
+            if weight.shape != (n, k):
+                raise ValueError("contract: a transposed weight is (n, k)")
+            return wide.transpose((1, 0))
+        if weight.shape == (k, n):
+            return wide
+        if weight.shape[0] != k or 2 * weight.shape[1] != n:
+            raise ValueError("contract: weight is (k, n), or (k, n / 2) with two codes in a byte")
+        byte = wide + 256.0 * ops.less(wide, 0.0).astype(ms.float32)
+        high = ops.floor(byte / 16.0)
+        pair = ops.stack((byte - 16.0 * high, high), -1)
+        return (pair - 16.0 * ops.greater(pair, 7.0).astype(ms.float32)).reshape((k, n))
+
+    def along(self, values, k, n):
+        """Values per group for every input: (k, n), or (1, n) with one group."""
+        wide = self.widened(values)
+        if not self.group:
+            return wide.reshape((1, n))
+        groups = values.shape[0]
+        spread = wide.expand_dims(1).broadcast_to((groups, self.group, n)).reshape((groups * self.group, n))
+        return spread[:k]
 
 
 def places(shape):

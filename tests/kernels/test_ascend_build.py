@@ -11,8 +11,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from research.qwen.errors import CheckpointError, KernelError
-from research.qwen.kernels import ascend, devices
+from research.qwen.errors import CheckpointError, ConfigError, KernelError
+from research.qwen.kernels import ascend, ascend_cells, devices
 from research.qwen.kernels.api import CacheSpec, load_kernels
 from research.qwen.kernels.ascend_ops import mindspore_ops
 from tests.kernels.ascend_models import CACHE, MIXED, PREFILL, TINY, RandomWeights, ascend_runtime, view
@@ -118,10 +118,18 @@ def test_published_heads_fit(size):
 
 
 @pytest.mark.parametrize("cell", ["linear", "embedding"])
-def test_quantised_formats_are_refused(half, cell):
-    arguments = (32, 32, False, "int4") if cell == "linear" else (32, 32, "int8")
-    with pytest.raises(KernelError, match="no weights of format 'int"):
+def test_unknown_formats_are_refused(half, cell):
+    arguments = (32, 32, False, "int5") if cell == "linear" else (32, 32, "int5")
+    with pytest.raises(ConfigError, match="unknown integer format 'int5'"):
         getattr(half, cell)(*arguments)
+
+
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "int8"])
+def test_the_cache_stays_in_the_compute_dtype(half, fmt):
+    with pytest.raises(KernelError, match=f"cache in the compute dtype float16, not in {fmt}; leave"):
+        half.attention(TINY, CacheSpec(4, 16, fmt))
+    for taken in ("auto", "float16"):
+        assert half.attention(TINY, CacheSpec(4, 16, taken)).key_cache.dtype == ms.float16
 
 
 def bits(values):
@@ -153,7 +161,7 @@ def test_weights_stored_in_the_compute_dtype_are_not_copied(half):
 
 
 def test_conversion_goes_slice_by_slice(half, monkeypatch):
-    monkeypatch.setattr(ascend, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(ascend_cells, "ROWS_AT_ONCE", 7)
     values = np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32)
     np.testing.assert_array_equal(half.parameter(values, "float32").asnumpy(), values.astype(np.float16))
 

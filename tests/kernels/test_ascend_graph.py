@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import os
 import subprocess
 import sys
 
 import mindspore as ms
-import numpy as np
 import pytest
 from mindspore import Tensor, nn
-from mindspore.common.api import _cell_graph_executor
-from mindspore.train import anf_ir_pb2
 
 from research.qwen.kernels import ascend
 from research.qwen.kernels.ascend_ops import mindspore_ops
+from tests.kernels.ascend_frontend import front_end_only, operators, tensor
 from tests.kernels.ascend_models import MIXED, PREFILL, TINY, ascend_runtime, graph_inputs, view
 
 pytestmark = pytest.mark.mindspore
@@ -38,28 +35,11 @@ GRAPHS = {
     "prefill": (PREFILL, {**SHARED, "FlashAttentionScore": LAYERS, "Cast": 1, "TensorToTuple": 1}),
     "paged": (MIXED, {**SHARED, "PagedAttention": LAYERS}),
 }
-BOOKKEEPING = {"Load", "UpdateState", "Depend", "MakeTuple", "TupleGetItem", "Return"}
 
 
 @pytest.fixture(autouse=True)
-def front_end_only(monkeypatch, tmp_path):
-    """Parsing, type and shape inference, optimisation, no kernels; dumps of failed graphs go to tmp_path."""
-    monkeypatch.setenv("MS_DEV_PRECOMPILE_ONLY", "1")
-    monkeypatch.chdir(tmp_path)
-
-
-def operators(cell: nn.Cell, *inputs) -> dict[str, int]:
-    """Compile the front end of a cell; how often each operator occurs in its graph."""
-    cell.compile(*inputs)
-    raw = _cell_graph_executor._get_func_graph_proto(cell, cell.compile_phase, "anf_ir")
-    graph = anf_ir_pb2.ModelProto()
-    graph.ParseFromString(raw if isinstance(raw, bytes) else raw.encode("latin1"))
-    found = collections.Counter(node.op_type for node in graph.graph.node)
-    return {name: count for name, count in found.items() if name not in BOOKKEEPING}
-
-
-def tensor(shape, dtype):
-    return Tensor(np.zeros(shape, np.float32), dtype)
+def only_the_front_end(monkeypatch, tmp_path):
+    front_end_only(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("flat_cache", [False, True], ids=["cache4d", "cache3d"])

@@ -9,6 +9,7 @@ the branch and no flag has to be kept in step with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mindspore as ms
@@ -20,21 +21,25 @@ from numpy.typing import NDArray
 from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError, KernelError
 from research.qwen.kernels.api import CacheSpec, FormatOf, StepView
-from research.qwen.kernels.arrays import STORED, widen
+from research.qwen.kernels.ascend_cells import DTYPES, Embedding, Linear, RMSNorm, SwiGLU, converted
 from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
+from research.qwen.kernels.ascend_quant import (
+    QuantLinear,
+    check_operator,
+    dequantised,
+    operands,
+    operator_for,
+)
 from research.qwen.kernels.devices import ascend_problem, ascend_soc
 from research.qwen.kernels.layer import Layer
+from research.qwen.kernels.packing import packing
 from research.qwen.rope import logn_factors, rotary_tables
 
 PREFILL, PAGED = "prefill", "paged"
 SHARED_INPUTS = (
     6  # cos, sin, logn, positions, slots, lengths; the paged graph has tables, mask and q_lens as well
 )
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": bfloat16,
-    "float32": np.float32,
-}  # float32: only with stand-in operators
+CACHE_DEFAULT = "auto"  # CacheSpec.fmt: each backend's own
 MASKED = -10000.0  # what the attention kernels add to a forbidden score
 TRIANGLE = 128  # side of the compressed causal mask of FlashAttentionScore in layout TH
 HALVES = 2  # ApplyRotaryPosEmb cos_format: a row of cos and sin per token, element i pairs with i + d / 2
@@ -42,7 +47,6 @@ BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 MAX_BLOCK_ELEMENTS = 128 * 128  # head_dim * block_size
 FLAT_CACHE_SOCS = ("910a", "ascend910", "310p", "ascend310p")  # caches there are (blocks, block_size, H)
-ROWS_AT_ONCE = 1 << 24  # elements converted at a time, so that a large matrix needs no second full copy
 
 
 class AscendKernels:
@@ -50,21 +54,29 @@ class AscendKernels:
 
     name = "ascend"
 
-    def __init__(self, dtype: str, fused: FusedOps, flat_cache: bool = False):
+    def __init__(self, dtype: str, fused: FusedOps, flat_cache: bool = False, soc: str = ""):
         self.activation_dtype = dtype
-        self.fused, self.flat_cache = fused, flat_cache
+        self.fused, self.flat_cache, self.soc = fused, flat_cache, soc
         self._numpy = DTYPES[dtype]
         self._type = getattr(ms, dtype)
         self._causal = _triangle(dtype)
 
     def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> nn.Cell:
-        """Cell x (T, n_in) -> x W^T + b (T, n_out). KernelError for a quantised ``fmt``."""
-        _check_format(fmt)
-        return Linear(bias, self._type)
+        """Cell x (T, n_in) -> x W^T + b (T, n_out).
+
+        KernelError for a quantised ``fmt`` on a chip whose operators do not take it. A quantised matrix beyond the
+        operator's sizes (lm_head) is a plain one here: quantised_parameters dequantises it.
+        """
+        packed = packing(fmt)
+        operator = operator_for(packed.scheme, n_out, n_in) if packed else None
+        if packed is None or operator is None:
+            return Linear(bias, self._type)
+        check_operator(operator, self.soc)
+        return QuantLinear(self.fused, operator, packed.ordered, bias, self._type)
 
     def embedding(self, rows: int, dim: int, fmt: str) -> nn.Cell:
-        """Cell ids (T,) int32 -> (T, dim). KernelError for a quantised ``fmt``."""
-        _check_format(fmt)
+        """Cell ids (T,) int32 -> (T, dim). The table of a quantised ``fmt`` is dequantised when it is loaded."""
+        packing(fmt)  # refuses an unknown text
         return Embedding(self._type)
 
     def rms_norm(self, dim: int, eps: float) -> nn.Cell:
@@ -76,8 +88,9 @@ class AscendKernels:
         return SwiGLU(self.fused)
 
     def attention(self, config: QwenConfig, cache: CacheSpec) -> nn.Cell:
-        """Cell (qkv (T, 3H), step) -> (T, H). KernelError for sizes the fused operators do not take."""
+        """Cell (qkv (T, 3H), step) -> (T, H). KernelError for sizes or cache formats the operators do not take."""
         check_shapes(config, cache)
+        check_cache(cache, self.activation_dtype)
         shape: tuple[int, ...] = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
         if self.flat_cache:
             shape = (cache.num_blocks, cache.block_size, config.hidden_size)
@@ -143,7 +156,28 @@ class AscendKernels:
         if fmt == self.activation_dtype:
             stored = np.ascontiguousarray(array)
             return Tensor.from_numpy(stored.view(bfloat16) if fmt == "bfloat16" else stored)
-        return Tensor.from_numpy(_converted(array, fmt, self._numpy, self.activation_dtype))
+        return Tensor.from_numpy(converted(array, fmt, self.activation_dtype))
+
+    def quantised_parameters(
+        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int, table: bool = False
+    ) -> dict[str, Tensor]:
+        """Parameters of the cell of a quantised matrix (n, k), all but the bias, from its packed arrays.
+
+        The operands of the matmul operator, or the weight in the compute dtype for an embedding (``table``) and for
+        sizes the operator does not take. Raises CheckpointError if an array is wrong or a scale does not fit float16.
+        """
+        packed = packing(scheme)
+        if packed is None:
+            raise CheckpointError(f"{scheme} is not a quantised format")
+        operator = None if table else operator_for(packed.scheme, n, k)
+        if operator is None:
+            weight = dequantised(arrays, packed.scheme, n, k, self.activation_dtype)
+            return {"weight": Tensor.from_numpy(weight)}
+        found = operands(arrays, operator, self.activation_dtype)
+        tensors = {name: Tensor.from_numpy(array) for name, array in found.items()}
+        if operator.scheme.bits == 4:
+            tensors["weight"] = Tensor(found["weight"], getattr(ms, self.fused.packed_int4))
+        return tensors
 
 
 class PagedAttention(nn.Cell):
@@ -204,9 +238,13 @@ def check_shapes(config: QwenConfig, cache: CacheSpec) -> None:
         )
 
 
-def _check_format(fmt: str) -> None:
-    if fmt not in STORED:
-        raise KernelError(f"backend ascend has no weights of format {fmt!r}; it takes {', '.join(STORED)}")
+def check_cache(cache: CacheSpec, dtype: str) -> None:
+    """KernelError unless the cache is to be kept in the compute dtype."""
+    if cache.fmt not in (CACHE_DEFAULT, dtype):
+        raise KernelError(
+            f"backend ascend keeps its KV cache in the compute dtype {dtype}, not in {cache.fmt}; leave the cache "
+            "format at its default or use device cpu"
+        )
 
 
 def _triangle(dtype: str) -> Tensor:
@@ -221,6 +259,7 @@ def build(
     ops: FusedOps | None = None,
     require_device: bool = True,
     flat_cache: bool | None = None,
+    soc: str | None = None,
 ) -> AscendKernels:
     """The Ascend backend.
 
@@ -230,6 +269,7 @@ def build(
         ops: other operators in place of MindSpore's (tests); float32 is allowed only with these.
         require_device: select the device; False builds cells that can be compiled but not run.
         flat_cache: caches of rank 3 instead of 4; None follows the chip (rank 3 on 910A and 310P).
+        soc: name of the chip, in lower case; None asks MindSpore if a device is required.
 
     Raises KernelError if the dtype is unknown or MindSpore finds no Ascend device.
     """
@@ -237,11 +277,12 @@ def build(
         raise KernelError(f"backend ascend computes in float16 or bfloat16, not {dtype!r}")
     if require_device:
         _select_device(device_id)
-        soc = ascend_soc()
-        if dtype == "bfloat16" and soc in FLAT_CACHE_SOCS:
-            raise KernelError(f"{soc} has no bfloat16; use dtype float16")
-        flat_cache = soc in FLAT_CACHE_SOCS if flat_cache is None else flat_cache
-    return AscendKernels(dtype, ops or mindspore_ops(), bool(flat_cache))
+        soc = ascend_soc() if soc is None else soc
+    soc = soc or ""
+    if dtype == "bfloat16" and soc in FLAT_CACHE_SOCS:
+        raise KernelError(f"{soc} has no bfloat16; use dtype float16")
+    flat_cache = soc in FLAT_CACHE_SOCS if flat_cache is None else flat_cache
+    return AscendKernels(dtype, ops or mindspore_ops(), flat_cache, soc)
 
 
 def _select_device(device_id: int) -> None:

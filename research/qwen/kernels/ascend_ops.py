@@ -16,7 +16,7 @@ OpFactory = Callable[..., Any]
 
 @dataclass(frozen=True)
 class FusedOps:
-    """Constructors of the six fused operators. T tokens, H = heads * d, B sequences, C float16 or bfloat16.
+    """Constructors of the seven fused operators. T tokens, H = heads * d, B sequences, C float16 or bfloat16.
 
     RmsNorm(epsilon): x (T, H) C, gamma (H,) C -> y (T, H) C, rstd.
     Swiglu(): x (T, 2 W) C, dim -> silu(first half) * second half, (T, W) C.
@@ -31,6 +31,11 @@ class FusedOps:
     PagedAttention(head_num, scale_value, kv_head_num): q (T, H) C, key_cache, value_cache,
         block_tables (B, M) int32, context_lens (B,) int32, antiquant_scale, antiquant_offset,
         attn_mask (T, M * block_size) C added to the scores, q_seq_lens (B,) int32 -> (T, H) C.
+    WeightQuantBatchMatmul(transpose_x, transpose_weight, antiquant_group_size): x (T, k) C, weight,
+        antiquant_scale C, antiquant_offset C like it or None, quant_scale, quant_offset, bias
+        -> x @ ((weight + offset) * scale), (T, n) C. weight (k, n) int8, or (n, k) with transpose_weight; or
+        (k, n / 2) of dtype ``packed_int4``, column 2 j in the low and 2 j + 1 in the high half of a byte.
+        Group size 0: scale (n,); else a multiple of 32 below k and scale (ceil(k / group), n). n, k <= 65535.
     """
 
     RmsNorm: OpFactory
@@ -39,6 +44,8 @@ class FusedOps:
     ReshapeAndCache: OpFactory
     FlashAttentionScore: OpFactory
     PagedAttention: OpFactory
+    WeightQuantBatchMatmul: OpFactory
+    packed_int4: str = "qint4x2"
 
 
 def mindspore_ops() -> FusedOps:
@@ -53,4 +60,5 @@ def mindspore_ops() -> FusedOps:
         ReshapeAndCache=ops.ReshapeAndCache,
         FlashAttentionScore=FlashAttentionScore,
         PagedAttention=ops.PagedAttention,
+        WeightQuantBatchMatmul=ops.WeightQuantBatchMatmul,
     )
