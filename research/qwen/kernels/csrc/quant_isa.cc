@@ -1,0 +1,283 @@
+// Integer products: columns of W in lanes, so that a column's sum over a block is one integer, exact in any order, and
+// the float sum over blocks has one order whatever the number of rows, threads or the instruction set.
+#include "quant.h"
+
+#include "quant_dot.h"
+#include "vec.h"
+
+namespace {
+
+using qwen::QuantCall;
+using qwen::QuantInput;
+using qwen::QuantWeight;
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;  // rows of x that share one walk over 16 columns
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int64_t kAhead = 2048;  // bytes of codes fetched ahead
+
+INLINE V as_float(VI v) { return __builtin_convertvector(v, V); }
+INLINE VI bytes_wide(const uint8_t* p) {
+  uint8_t VB4 __attribute__((vector_size(QWEN_LANES)));
+  std::memcpy(&VB4, p, sizeof VB4);
+  return __builtin_convertvector(VB4, VI);
+}
+
+// s, q and sum of every block of one row; see quant.h.
+static void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum) {
+  typedef int8_t VQ __attribute__((vector_size(QWEN_LANES)));
+  const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, half to even
+  for (int64_t i = 0; i < k; i += block, q += block, ++scale, ++sum) {
+    const int64_t len = smaller(block, k - i);
+    VI top = {};  // magnitudes compared as integers, so that a NaN is the largest and is not lost
+    for (int64_t j = 0; j < len; j += kLanes) {
+      const VI bits = (VI)(len - j < kLanes ? load_part(x + i + j, len - j) : load(x + i + j)) & 0x7fffffff;
+      top = bits > top ? bits : top;
+    }
+    int32_t most = 0;
+    for (int l = 0; l < kLanes; ++l) most = top[l] > most ? top[l] : most;
+    float largest;
+    std::memcpy(&largest, &most, sizeof largest);
+    const bool none = largest < 3.8e-37f;  // 127 / largest would not be finite
+    const V inverse = splat(none ? 0.f : 127.f / largest);
+    *scale = none ? 0.f : largest / 127.f;
+    VI total = {};
+    for (int64_t j = 0; j < block; j += kLanes) {
+      V v = {};
+      if (len - j >= kLanes) v = load(x + i + j);
+      else if (len > j) v = load_part(x + i + j, len - j);
+      const VI n = __builtin_convertvector((v * inverse + magic) - magic, VI);
+      total += n;
+      const VQ narrow = __builtin_convertvector(n, VQ);
+      std::memcpy(q + j, &narrow, sizeof narrow);
+    }
+    int32_t all = 0;
+    for (int l = 0; l < kLanes; ++l) all += total[l];
+    *sum = all;
+  }
+}
+
+// One matrix at 16 columns: where its parts lie.
+struct Columns {
+  const uint8_t* codes;
+  const uint8_t* zeros;
+  const char* scales;
+};
+
+INLINE Columns columns_at(const QuantWeight& w, int64_t b) {
+  const int64_t blocks = w.blocks(), groups = w.group ? blocks : 1;
+  return {w.codes + b * blocks * w.block() * 2 * w.bits, w.zeros ? w.zeros + b * groups * 16 : nullptr,
+          static_cast<const char*>(w.scales) + b * groups * 16 * (w.group ? 2 : 4)};
+}
+
+INLINE V group_scale(const Columns& c, int64_t g, int p) {
+  return F16::wide(reinterpret_cast<const uint16_t*>(c.scales) + g * 16 + p * kLanes);
+}
+INLINE V row_scale(const Columns& c, int p) { return load(reinterpret_cast<const float*>(c.scales) + p * kLanes); }
+
+template <int BITS>
+INLINE VI zero_of(const Columns& c, int64_t g, int p) {
+  return c.zeros ? bytes_wide(c.zeros + g * 16 + p * kLanes) : (BITS == 4 ? 8 : 128) - VI{};
+}
+
+// Exact sums of one block: R rows x 16 columns.
+template <int BITS, int R>
+INLINE void block_dot(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t block, VI (&dot)[R][kParts]) {
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums hide the latency of a step
+  constexpr int kInputs = 32 / BITS;                    // per 64 bytes of codes
+  VI sum[kChains][R][kParts] = {};
+  for (int64_t i = 0; i < block; i += 4 * kInputs) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const uint8_t* from = codes + (i / kInputs + u) * 64;
+      const int8_t* x = q + i + u * kInputs;
+      __builtin_prefetch(from + kAhead);
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) {
+        const VB v = load_codes(from + p * 4 * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          if constexpr (BITS == 8) {
+            VI& to = sum[u % kChains][r][p];
+            to = dot_step<8>(to, v, four_inputs(x + r * stride));
+          } else {
+            VI& low = sum[2 * u % kChains][r][p];
+            low = dot_step<4>(low, low_nibbles(v), four_inputs(x + r * stride));
+            VI& high = sum[(2 * u + 1) % kChains][r][p];
+            high = dot_step<4>(high, high_nibbles(v), four_inputs(x + r * stride + 4));
+          }
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < kParts; ++p) {
+      dot[r][p] = sum[0][r][p];
+      for (int c = 1; c < kChains; ++c) dot[r][p] += sum[c][r][p];
+    }
+}
+
+// R rows x 16 columns over all of k.
+template <int BITS, int R>
+INLINE void product(const QuantInput& x, const QuantWeight& w, int64_t r0, int64_t b, V (&acc)[R][kParts]) {
+  const Columns c = columns_at(w, b);
+  const int64_t block = w.block(), bytes = block * 2 * BITS;
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < kParts; ++p) acc[r][p] = V{};
+  for (int64_t g = 0; g < x.blocks; ++g) {
+    VI dot[R][kParts];
+    block_dot<BITS, R>(c.codes + g * bytes, x.q + r0 * x.k_padded + g * block, x.k_padded, block, dot);
+    for (int p = 0; p < kParts; ++p) {
+      const VI zero = zero_of<BITS>(c, w.group ? g : 0, p) - kOffset<BITS>;
+      const V scale = w.group ? group_scale(c, g, p) : splat(1.f);
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = (r0 + r) * x.blocks + g;
+        acc[r][p] = fma(as_float(dot[r][p] - zero * x.sum[at]), splat(x.scale[at]) * scale, acc[r][p]);
+      }
+    }
+  }
+  if (!w.group)
+    for (int p = 0; p < kParts; ++p)
+      for (int r = 0; r < R; ++r) acc[r][p] = acc[r][p] * row_scale(c, p);
+}
+
+INLINE V silu_times(V a, V b) {
+  const V limit = splat(88.f);  // silu(b) below -88 is 0 in float; keeps exp finite
+  const V minus = -b;
+  return a * (b / (exp_v((V)(minus > limit ? (VI)limit : (VI)minus)) + splat(1.f)));
+}
+
+// Bias, residual, and no more than n columns.
+INLINE void finish(const QuantCall& a, int64_t row, int64_t column, V v) {
+  const int64_t n = a.w.n, count = n - column, at = row * n + column;
+  if (count <= 0) return;
+  if (count >= kLanes) {
+    if (a.bias) v = v + load(a.bias + column);
+    if (a.residual) v = v + load(a.residual + at);
+    return store(a.y + at, v);
+  }
+  if (a.bias) v = v + load_part(a.bias + column, count);
+  if (a.residual) v = v + load_part(a.residual + at, count);
+  store_part(a.y + at, v, count);
+}
+
+template <int BITS, int R>
+static void tile(const QuantCall& a, int64_t r0, int64_t b) {
+  V acc[R][kParts], gate[R][kParts];
+  product<BITS, R>(a.x, a.w, r0, b, acc);
+  if (a.gate.codes) product<BITS, R>(a.x, a.gate, r0, b, gate);
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < kParts; ++p)
+      finish(a, r0 + r, b * 16 + p * kLanes, a.gate.codes ? silu_times(acc[r][p], gate[r][p]) : acc[r][p]);
+}
+
+template <int BITS>
+static void tiles(const QuantCall& a, int64_t b0, int64_t b1) {
+  for (int64_t b = b0; b < b1; ++b) {
+    int64_t r = 0;
+    for (; r + kTileRows <= a.x.rows; r += kTileRows) tile<BITS, kTileRows>(a, r, b);
+    if constexpr (kTileRows > 4)
+      for (; r + 4 <= a.x.rows; r += 4) tile<BITS, 4>(a, r, b);
+    switch (a.x.rows - r) {
+      case 3: tile<BITS, 3>(a, r, b); break;
+      case 2: tile<BITS, 2>(a, r, b); break;
+      case 1: tile<BITS, 1>(a, r, b); break;
+      default: break;
+    }
+  }
+}
+
+static void integer(const QuantCall& a, int64_t b0, int64_t b1, void*) {
+  a.w.bits == 4 ? tiles<4>(a, b0, b1) : tiles<8>(a, b0, b1);
+}
+
+static int64_t scratch(const QuantCall&) { return 0; }
+
+// code - zero of one input, kLanes columns; v holds four (or eight) inputs of each.
+template <int BITS>
+INLINE V centred(VB v, int input, VI zero) {
+  const int shift = BITS == 8 ? 8 * input : input < 4 ? 8 * input : 8 * (input - 4) + 4;
+  return as_float((VI)(((VU)v >> shift) & (BITS == 8 ? 255u : 15u)) - zero);
+}
+
+// Float activations: within a block one sum in order of the inputs, times the scale; blocks in order.
+template <int BITS, int R>
+static void exact_tile(const QuantCall& a, int64_t r0, int64_t b) {
+  constexpr int kInputs = 32 / BITS;
+  const Columns c = columns_at(a.w, b);
+  const int64_t block = a.w.block(), bytes = block * 2 * BITS, stride = a.x.k_padded;
+  V total[R][kParts] = {};
+  for (int64_t g = 0; g < a.x.blocks; ++g) {
+    V sum[R][kParts] = {};
+    VI zero[kParts];
+    for (int p = 0; p < kParts; ++p) zero[p] = zero_of<BITS>(c, a.w.group ? g : 0, p);
+    for (int64_t i = 0; i < block; i += kInputs) {
+      const uint8_t* from = c.codes + g * bytes + i / kInputs * 64;
+      const float* x = a.rows_f + r0 * stride + g * block + i;
+      __builtin_prefetch(from + kAhead);
+#pragma GCC unroll 8
+      for (int p = 0; p < kParts; ++p) {
+        const VB v = load_codes(from + p * 4 * kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < kInputs; ++j) {
+          const V weight = centred<BITS>(v, j, zero[p]);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sum[r][p] = fma(splat(x[r * stride + j]), weight, sum[r][p]);
+        }
+      }
+    }
+    for (int p = 0; p < kParts; ++p) {
+      const V scale = a.w.group ? group_scale(c, g, p) : row_scale(c, p);
+      for (int r = 0; r < R; ++r) total[r][p] = fma(sum[r][p], scale, total[r][p]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < kParts; ++p) finish(a, r0 + r, b * 16 + p * kLanes, total[r][p]);
+}
+
+template <int BITS>
+static void exact_tiles(const QuantCall& a, int64_t b0, int64_t b1) {
+  for (int64_t b = b0; b < b1; ++b) {
+    int64_t r = 0;
+    for (; r + 4 <= a.x.rows; r += 4) exact_tile<BITS, 4>(a, r, b);
+    for (; r < a.x.rows; ++r) exact_tile<BITS, 1>(a, r, b);
+  }
+}
+
+static void exact(const QuantCall& a, int64_t b0, int64_t b1) {
+  a.w.bits == 4 ? exact_tiles<4>(a, b0, b1) : exact_tiles<8>(a, b0, b1);
+}
+
+static float half_to_float(const void* p) {
+  uint16_t buffer[kLanes] = {};
+  std::memcpy(buffer, p, 2);
+  return F16::wide(buffer)[0];
+}
+
+static void widen_row(const QuantWeight& w, int64_t row, float* out) {
+  const Columns c = columns_at(w, row / 16);
+  const int64_t lane = row % 16, block = w.block();
+  for (int64_t i = 0; i < w.k; ++i) {
+    const int64_t g = w.group ? i / block : 0;
+    const uint8_t byte = w.bits == 8 ? c.codes[i / 4 * 64 + lane * 4 + i % 4] : c.codes[i / 8 * 64 + lane * 4 + i % 4];
+    const int code = w.bits == 8 ? byte : i % 8 < 4 ? byte & 15 : byte >> 4;
+    const int zero = c.zeros ? c.zeros[g * 16 + lane] : w.bits == 8 ? 128 : 8;
+    float scale;
+    if (w.group) scale = half_to_float(c.scales + (g * 16 + lane) * 2);
+    else std::memcpy(&scale, c.scales + lane * 4, 4);
+    out[i] = scale * static_cast<float>(code - zero);
+  }
+}
+
+}  // namespace
+
+namespace qwen {
+
+const QuantTable* QWEN_TABLE() {
+  static const QuantTable table = {::quantize, ::scratch, ::integer, ::exact, ::widen_row, 256};
+  return &table;
+}
+
+}  // namespace qwen

@@ -1,0 +1,152 @@
+"""Integer matrix kernels against their arithmetic in NumPy, on every instruction set this processor has."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from research.qwen.errors import KernelError
+from research.qwen.kernels.build import library_path
+from research.qwen.kernels.native import ISAS, NativeLibrary
+from research.qwen.quant import schemes
+from tests.kernels import cpu_truth
+from tests.kernels import quant_cases as cases
+
+# Marked because a first run compiles the library for some seconds; MindSpore itself is not imported here.
+pytestmark = pytest.mark.mindspore
+ROWS = (1, 2, 3, 7, 8, 16, 17, 33, 130)
+SHAPES = ((1, 1), (16, 64), (33, 130), (50, 500), (7, 129), (96, 640))
+
+
+def load(isa, folder):
+    """The library with one instruction set; a copy of the file is a library of its own to the loader."""
+    copy = folder / f"{isa}.so"
+    shutil.copy(library_path(), copy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_ISA", isa)
+        library = NativeLibrary(copy)
+    assert library.isa == isa
+    library.set_threads(2)
+    return library
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def native(request, tmp_path_factory):
+    try:
+        return load(request.param, tmp_path_factory.mktemp("isa"))
+    except KernelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(11)
+
+
+def close(y, wanted, magnitude):
+    assert (np.abs(y - wanted) <= 1e-6 * magnitude + 1e-30).all(), np.max(np.abs(y - wanted) / magnitude)
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+def test_product(native, rng, text):
+    for n, k in SHAPES:
+        m = cases.matrix(rng, text, n, k)
+        x = cases.activations(rng, 130, k)
+        wanted, magnitude = cases.product(x, m)
+        for rows in ROWS:
+            close(cases.run(native, x[:rows], m), wanted[:rows], magnitude[:rows])
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+def test_a_row_of_a_batch_equals_the_row_alone(native, rng, text):
+    m = cases.matrix(rng, text, 75, 300)
+    x = cases.activations(rng, 300, 300)
+    batch = cases.run(native, x, m)
+    alone = np.concatenate([cases.run(native, x[i : i + 1], m) for i in range(300)])
+    np.testing.assert_array_equal(batch, alone)
+    for rows in range(1, 40):
+        np.testing.assert_array_equal(cases.run(native, x[:rows], m), alone[:rows], err_msg=f"{rows} rows")
+
+
+@pytest.mark.parametrize("text", ["int8", "int4-asym"])
+def test_bias_residual_and_order(native, rng, text):
+    n, k = 45, 330
+    m = cases.matrix(rng, text, n, k, order=True)
+    bias = rng.standard_normal(n).astype(np.float32)
+    for rows in ROWS:
+        x = cases.activations(rng, rows, k)
+        residual = rng.standard_normal((rows, n)).astype(np.float32)
+        wanted, magnitude = cases.product(x, m)
+        plain = cases.run(native, x, m)
+        close(plain, wanted, magnitude)
+        np.testing.assert_array_equal(cases.run(native, x, m, bias), plain + bias)
+        both = cases.run(native, x, m, bias, residual)
+        np.testing.assert_array_equal(both, plain + bias + residual)
+        y = residual.copy()
+        assert native.bind("QwenTestQuantLinear", [x, *m.parts(), m.order, m.about, bias, y], y)() == 0
+        np.testing.assert_array_equal(y, both)
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+def test_gated(native, rng, text):
+    n, k = 45, 330
+    a, b = cases.matrix(rng, text, n, k), cases.matrix(rng, text, n, k)
+    for rows in ROWS:
+        x = cases.activations(rng, rows, k) / 100
+        one, two = cases.run(native, x, a), cases.run(native, x, b)
+        y = cases.gated(native, x, a, b)
+        np.testing.assert_allclose(y, cpu_truth.swiglu(one, two), rtol=2e-6, atol=1e-30)
+        separate = np.empty_like(y)
+        assert native.bind("QwenSwiGlu", [one, two], separate)() == 0
+        np.testing.assert_array_equal(y, separate)
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+@pytest.mark.parametrize("order", [False, True])
+def test_float_activations(native, rng, text, order):
+    for n, k in SHAPES:
+        m = cases.matrix(rng, text, n, k, order)
+        w = schemes.dequantize_packed(m.arrays, m.scheme, n, k)
+        x = cases.activations(rng, 17, k)
+        bias = rng.standard_normal(n).astype(np.float32)
+        residual = rng.standard_normal((17, n)).astype(np.float32)
+        y = cases.run(native, x, m, bias, residual, "QwenTestFloatLinear")
+        wanted = x.astype(np.float64) @ w.astype(np.float64).T + bias + residual
+        magnitude = np.abs(x).astype(np.float64) @ np.abs(w).T + np.abs(bias) + np.abs(residual)
+        assert (np.abs(y - wanted) <= 2e-6 * magnitude).all()
+        for rows in (1, 2, 5, 8):
+            part = cases.run(native, x[:rows], m, bias, residual[:rows], "QwenTestFloatLinear")
+            np.testing.assert_array_equal(part, y[:rows])
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("k", [1, 64, 130, 513])
+def test_quantised_activations(native, rng, block, k):
+    x = cases.activations(rng, 21, k)
+    norm = rng.standard_normal(k).astype(np.float32)
+    eps = np.array([1e-6], np.float32)
+    for own_norm in (False, True):
+        for order in (cases.NOTHING, rng.permutation(k).astype(np.int32)):
+            rows = x
+            if own_norm:
+                rows = np.empty_like(x)
+                assert native.bind("QwenRmsNorm", [x, norm, eps], rows)() == 0
+            wanted = schemes.quantize_activations(rows[:, order] if len(order) else rows, block)
+            out = [np.full_like(part, 99) for part in wanted]
+            inputs = [x, norm if own_norm else cases.NOTHING, eps, order, *out]
+            assert native.bind("QwenTestQuantize", inputs, np.empty(0, np.float32))() == 0
+            for got, part in zip(out, wanted, strict=True):
+                np.testing.assert_array_equal(got, part)
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+@pytest.mark.parametrize("order", [False, True])
+def test_dequantised_rows(native, rng, text, order):
+    n, k = 37, 200
+    m = cases.matrix(rng, text, n, k, order)
+    rows = np.array([0, 15, 16, 36, 5], np.int64)
+    y = np.full((len(rows), k), np.nan, np.float32)
+    assert native.bind("QwenTestDequantizeRows", [*m.parts(), m.order, m.about, rows], y)() == 0
+    np.testing.assert_array_equal(y, schemes.dequantize_packed(m.arrays, m.scheme, n, k)[rows])
