@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
 from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
+from research.qwen.errors import KernelError
 from research.qwen.kernels import ascend, reference
 from research.qwen.kernels.api import CacheSpec, StepView
 from research.qwen.model.runtime import Runtime
@@ -86,6 +89,28 @@ def packed(values: np.ndarray, fmt: str, seed: int = 0) -> dict[str, np.ndarray]
     return pack(quantize(values[:, order], scheme), scheme, order)
 
 
+def linear_cosines(kernels, formats, n: int = 1024, k: int = 1000) -> dict[str, float]:
+    """Cosine of the quantised product with the dequantised matrix's, per format; KernelError formats left out."""
+    random = np.random.default_rng(0)
+    matrix, x = random.normal(0, 0.05, (n, k)).astype(np.float32), random.normal(size=(7, k))
+    cosines = {}
+    for fmt in formats:
+        try:
+            cell = kernels.linear(k, n, False, fmt)
+        except KernelError:
+            continue
+        arrays = packed(matrix, fmt)
+        parameters = dict(cell.parameters_and_names())
+        for name, tensor in kernels.quantised_parameters(arrays, fmt, n, k).items():
+            parameters[name].set_data(tensor, slice_shape=True)
+        got = cell(Tensor(x, getattr(ms, kernels.activation_dtype))).asnumpy().astype(np.float64)
+        want = x @ dequantize_packed(arrays, Scheme.parse(fmt.removesuffix("-order")), n, k).T.astype(
+            np.float64
+        )
+        cosines[fmt] = float((got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want))
+    return cosines
+
+
 def ascend_runtime(config=TINY, dtype="float32", ops=None, source=None, cache=CACHE, **options) -> Runtime:
     """The Ascend model on stand-ins (float32), or with MindSpore's operators for any other dtype."""
     if dtype == "float32" and ops is None:
@@ -112,8 +137,6 @@ MIXED = view([4, 0, 9], [1, 6, 3])
 
 def graph_inputs(runtime: Runtime, step_view: StepView):
     """What the model's graph gets for a view: ids, rows and the step."""
-    from mindspore import Tensor
-
     total = sum(step_view.q_lens)
     ids = Tensor.from_numpy((np.arange(total) % runtime.vocab_size).astype(np.int32))
     rows = Tensor.from_numpy(np.arange(total, dtype=np.int32))

@@ -6,6 +6,7 @@ and so every other test of this backend, describe the operators rightly.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,16 @@ from research.qwen.kernels.devices import ascend_problem
 pytestmark = [pytest.mark.mindspore, pytest.mark.ascend]
 # Max and mean difference of logits with a standard deviation of about 3; the golden data saw half of this.
 LIMITS = {"float16": (0.06, 0.01), "bfloat16": (0.5, 0.08)}
+SCHEMES = (
+    "int8",
+    "int4",
+    "int4-g64",
+    "int4-asym",
+    "int4-g64-asym",
+    "int8-g128",
+    "int8-asym",
+    "int8-g64-asym",
+)
 DTYPES = os.environ.get("ASCEND_DTYPES", "float16").split(",")
 
 SCRIPT = """
@@ -76,3 +87,31 @@ def test_logits_equal_reference(dtype, name, tmp_path, repository):
         assert difference.max() <= worst and difference.mean() <= mean, (
             f"pass {i}: max {difference.max():.3f} mean {difference.mean():.4f}"
         )
+
+
+QUANTISED = """
+import json, sys
+from research.qwen.kernels.api import load_kernels
+from tests.kernels.ascend_models import linear_cosines
+print(json.dumps(linear_cosines(load_kernels("ascend", dtype=sys.argv[1]), sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_products(dtype, repository):
+    """Every format the chip takes, against the dequantised matrix; says which formats it does not take."""
+    problem = ascend_problem()
+    if problem is not None:
+        pytest.skip(f"no Ascend device: {problem}")
+    formats = [scheme + order for scheme in SCHEMES for order in ("", "-order")]
+    done = subprocess.run(
+        [sys.executable, "-c", QUANTISED, dtype, *formats],
+        cwd=repository,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+    )
+    cosines = json.loads(done.stdout.strip().splitlines()[-1])
+    print("not taken by this chip:", sorted(set(formats) - set(cosines)) or "none")
+    assert all(value >= 0.9999 for value in cosines.values()), cosines

@@ -24,6 +24,7 @@ from tests.kernels.ascend_models import (
     QuantWeights,
     ascend_runtime,
     graph_inputs,
+    linear_cosines,
     packed,
     reference_runtime,
     run_script,
@@ -381,6 +382,14 @@ MIXES = {
 }
 IDS = {name: [(7 * i + 13 * n) % CONFIG.vocab_size for i in range(60)] for n, name in enumerate("ab")}
 SCRIPT = [[("a", 9), ("b", 30)], [("a", 1), ("b", 1)], [("b", 5), ("a", 1)]]
+
+
+def test_the_check_for_a_device_runs_on_standins():
+    """What test_ascend_device.py calls on an NPU, in the dtype and with the limit used there."""
+    cosines = linear_cosines(ascend.build("float16", ops=standins("float16"), require_device=False), FORMATS)
+    assert set(cosines) == set(FORMATS) and min(cosines.values()) >= 0.9999
+    old = ascend.build("float16", ops=standins("float16"), require_device=False, soc="ascend310p")
+    assert set(linear_cosines(old, FORMATS)) == {"int8", "int8-order"}
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -21,7 +21,7 @@ from research.qwen.kernels.ascend_ops import FusedOps
 from research.qwen.quant.schemes import PANEL, Codes, Scheme, check_packed, dequantize_packed, unpack
 
 LARGEST = 65535  # rows and columns of a matrix the operator takes
-ROWS_AT_ONCE = 1024  # rows unpacked at a time; whole panels
+ROWS_AT_ONCE = 256  # rows unpacked at a time: whole panels, and small enough for the processor's cache
 WITHOUT = ("910a", "ascend910", "310b", "ascend310b")  # chips the operator is documented not to run on
 ONLY_INT8_ROWS = ("310p", "ascend310p")  # chips it is documented for with int8 and one scale per row only
 
