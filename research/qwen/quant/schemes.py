@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,8 @@ class Codes:
 
 
 # Quantises rows (r, K) into packed arrays from row ``first`` on (a multiple of 16; so is r, except at the end).
-Quantiser = Callable[[NDArray[np.float32], Scheme, Arrays, int], None]
+# The rows are float32, float16, or bfloat16 as uint16 bits.
+Quantiser = Callable[[NDArray[Any], Scheme, Arrays, int], None]
 
 
 def quantize(w: NDArray[np.float32], scheme: Scheme) -> Codes:
@@ -179,7 +180,17 @@ def unpack(arrays: Mapping[str, NDArray[Any]], scheme: Scheme, n: int, k: int) -
     )
 
 
-def check_packed(arrays: Mapping[str, NDArray[Any]], scheme: Scheme, n: int, k: int) -> None:
+class Shaped(Protocol):
+    """An array, or what is known of one that is still on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def check_packed(arrays: Mapping[str, Shaped], scheme: Scheme, n: int, k: int) -> None:
     """CheckpointError unless the arrays are those of a packed (n, k) matrix."""
     wanted = packed_shapes(scheme, n, k)
     if "order" in arrays:
@@ -209,34 +220,40 @@ def dequantize_packed(
 
 
 def quantize_packed(
-    blocks: Iterable[NDArray[np.float32]], scheme: Scheme, n: int, k: int, quantiser: Quantiser | None = None
+    blocks: Iterable[NDArray[Any]], scheme: Scheme, n: int, k: int, quantiser: Quantiser | None = None
 ) -> Arrays:
-    """Quantise and pack a matrix (n, k) given as runs of rows (any number each, in order).
+    """Quantise and pack a matrix (n, k) given as runs of rows in order, in a type that a Quantiser takes.
 
-    Raises CheckpointError if the runs do not make n rows of k.
+    Nothing is copied if every run but the last is a multiple of 16 rows. Raises CheckpointError if the runs do not
+    make n rows of k, or as ``quantize`` does.
     """
     arrays = {name: np.zeros(shape, kind) for name, (shape, kind) in packed_shapes(scheme, n, k).items()}
     fill = quantiser or quantize_rows
     first = 0
-    rest = np.empty((0, k), np.float32)
+    rest: NDArray[Any] | None = None
     for block in blocks:
-        rows = np.concatenate((rest, block)) if len(rest) else block
+        rows = block if rest is None or not len(rest) else np.concatenate((rest, block))
         whole = len(rows) // PANEL * PANEL
         if first + len(rows) > n or rows.shape[1] != k:
             raise CheckpointError(f"more rows or other columns than a matrix of {n} x {k} has")
         if whole:
             fill(rows[:whole], scheme, arrays, first)
         first, rest = first + whole, rows[whole:]
-    if len(rest):
+    if rest is not None and len(rest):
         fill(rest, scheme, arrays, first)
-    if first + len(rest) != n:
-        raise CheckpointError(f"{first + len(rest)} rows of a matrix of {n} x {k}")
+        first += len(rest)
+    if first != n:
+        raise CheckpointError(f"{first} rows of a matrix of {n} x {k}")
     return arrays
 
 
-def quantize_rows(rows: NDArray[np.float32], scheme: Scheme, arrays: Arrays, first: int) -> None:
-    """The Quantiser in NumPy: rows (r, K) into the packed arrays from row ``first`` (a multiple of 16) on."""
-    part = pack(quantize(rows, scheme), scheme)
+def quantize_rows(rows: NDArray[Any], scheme: Scheme, arrays: Arrays, first: int) -> None:
+    """The Quantiser in NumPy."""
+    if rows.dtype == np.uint16:
+        wide: NDArray[np.float32] = (rows.astype(np.uint32) << 16).view(np.float32)
+    else:
+        wide = rows.astype(np.float32)
+    part = pack(quantize(wide, scheme), scheme)
     start = first // PANEL
     for name, array in part.items():
         arrays[name][start : start + len(array)] = array

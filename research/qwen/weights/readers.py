@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from research.qwen.errors import CheckpointError
 from research.qwen.weights.ckpt_file import read_ckpt, verify_crc
 from research.qwen.weights.names import former_parts, is_dropped, is_former, to_published
-from research.qwen.weights.safetensors_file import read_safetensors
+from research.qwen.weights.safetensors_file import read_metadata, read_safetensors
 from research.qwen.weights.tensors import JoinedTensor, StoredTensor
 from research.qwen.weights.torch_file import read_torch
 
@@ -65,6 +65,14 @@ class Checkpoint:
     def blocks(self, name: str) -> Iterator[NDArray[Any]]:
         """The numbers in C order in one-dimensional blocks of some MB, read without mapping."""
         return self.tensor(name).blocks()
+
+    def metadata(self, key: str) -> str | None:
+        """A text in the header of the safetensors files; None if there is none, CheckpointError if two disagree."""
+        files = [file for file in self.files if file.suffix == ".safetensors"]
+        found = {text for file in files if (text := read_metadata(file).get(key)) is not None}
+        if len(found) > 1:
+            raise CheckpointError(f"{files[0]}: {key!r} in the header differs from another shard's")
+        return found.pop() if found else None
 
     def verify(self) -> None:
         """Compare the checksum of a .ckpt that carries one (reads the whole file); CheckpointError if it is

@@ -23,18 +23,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError if the file is truncated, not safetensors, or its header contradicts itself.
     """
-    file = MappedFile(path)
-    if file.size < 8:
-        raise CheckpointError(f"{path} is not a safetensors file: {file.size} bytes; download it again")
-    length = int.from_bytes(file.pread(0, 8), "little")
-    if length > min(MAX_HEADER, file.size - 8):
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of "
-            f"{file.size}); download it again"
-        )
-    header = _parse(path, bytes(file.pread(8, length)))
+    file, header, start = _open(path)
     header.pop("__metadata__", None)
-    start = 8 + length
     spans = {name: _span(path, name, entry, file.size - start) for name, entry in header.items()}
     _check_cover(path, spans, file.size - start)
     return {
@@ -46,6 +36,28 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         )
         for name, (begin, end) in spans.items()
     }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's ``__metadata__``, text to text; empty if there is none. Raises as read_safetensors does."""
+    found = _open(path)[1].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path} is not a safetensors file: __metadata__ is not a table of texts")
+    return found
+
+
+def _open(path: Path) -> tuple[MappedFile, dict[str, Any], int]:
+    """The file, its header, and where the numbers start."""
+    file = MappedFile(path)
+    if file.size < 8:
+        raise CheckpointError(f"{path} is not a safetensors file: {file.size} bytes; download it again")
+    length = int.from_bytes(file.pread(0, 8), "little")
+    if length > min(MAX_HEADER, file.size - 8):
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file (header of {length} bytes in a file of "
+            f"{file.size}); download it again"
+        )
+    return file, _parse(path, bytes(file.pread(8, length))), 8 + length
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
