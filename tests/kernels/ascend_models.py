@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
@@ -11,9 +13,12 @@ from research.qwen.decode.loop import Chunk
 from research.qwen.errors import KernelError
 from research.qwen.kernels import ascend, reference
 from research.qwen.kernels.api import CacheSpec, StepView
+from research.qwen.model.loading import TensorSource
+from research.qwen.model.quantise import Plan, quantised_source
 from research.qwen.model.runtime import Runtime
 from research.qwen.quant.schemes import Scheme, dequantize_packed, pack, quantize
 from research.qwen.weights.names import expected
+from research.qwen.weights.readers import open_checkpoint
 from tests.kernels.ascend_standins import standins
 
 CACHE = CacheSpec(num_blocks=48, block_size=16)
@@ -87,6 +92,12 @@ def packed(values: np.ndarray, fmt: str, seed: int = 0) -> dict[str, np.ndarray]
         return pack(quantize(values, scheme), scheme)
     order = np.random.default_rng(seed).permutation(values.shape[1])
     return pack(quantize(values[:, order], scheme), scheme, order)
+
+
+def stored(folder: Path) -> tuple[QwenConfig, TensorSource]:
+    """Config and weights of a checkpoint folder, as they are stored."""
+    config = QwenConfig.from_folder(folder)
+    return config, quantised_source(open_checkpoint(folder), config, Plan())
 
 
 def linear_cosines(kernels, formats, n: int = 1024, k: int = 1000) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from research.qwen.kernels import build
-from tests.kernels import test_cpu_kernels
+from tests.kernels import test_cpu_kernels, test_quant_kernels
 from tests.kernels.aarch64.emulated import EmulatedLibrary
 
 COMPILER = "aarch64-linux-gnu-g++"
@@ -70,5 +70,5 @@ def _tests_of_a_library(module):
             yield f"test_{module.__name__.rpartition('test_')[2]}_{name.removeprefix('test_')}", function
 
 
-for _module in (test_cpu_kernels,):
+for _module in (test_cpu_kernels, test_quant_kernels):
     globals().update(_tests_of_a_library(_module))

@@ -35,19 +35,18 @@ SCRIPT = """
 import sys
 import mindspore
 import numpy as np
-from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
 from research.qwen.kernels.api import CacheSpec, load_kernels
 from research.qwen.model.runtime import Runtime
-from research.qwen.weights.readers import open_checkpoint
 backend, dtype, name, out = sys.argv[1:]
 from tests.fixtures_util import model_folder
+from tests.kernels.ascend_models import stored
 options = {"dtype": dtype} if backend == "ascend" else {}
 if backend == "reference":
     mindspore.set_device("CPU")
 folder = model_folder(name)
-config = QwenConfig.from_folder(folder)
-runtime = Runtime.load(config, open_checkpoint(folder), load_kernels(backend, **options), CacheSpec(64, 16))
+config, source = stored(folder)
+runtime = Runtime.load(config, source, load_kernels(backend, **options), CacheSpec(64, 16))
 ids = [int(i) for i in np.random.default_rng(0).integers(0, config.vocab_size, 150)]
 blocks = {"a": list(range(20)), "b": list(range(20, 40)), "c": list(range(40, 60))}
 done = dict.fromkeys(blocks, 0)

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
 from research.qwen.kernels.api import CacheSpec
 from research.qwen.kernels.ascend import PAGED, PREFILL
-from research.qwen.weights.readers import open_checkpoint
 from tests.fixtures_util import model_folder
 from tests.kernels.ascend_models import (
     CACHE,
@@ -24,6 +22,7 @@ from tests.kernels.ascend_models import (
     graph_inputs,
     reference_runtime,
     run_script,
+    stored,
     view,
 )
 from tests.kernels.ascend_standins import standins
@@ -135,8 +134,8 @@ def test_graph_key(ascend):
 @pytest.mark.parametrize("name", ["st_new_bf16", "bin_old_fp16"])
 def test_golden_logits(name):
     folder, golden = model_folder(name), load(name)
-    config = QwenConfig.from_folder(folder)
-    runtime = ascend_runtime(config, source=open_checkpoint(folder), cache=CacheSpec(16, 16))
+    config, source = stored(folder)
+    runtime = ascend_runtime(config, source=source, cache=CacheSpec(16, 16))
     blocks = list(range(16))
     for i in range(3):
         ids = golden[f"prompt{i}_ids"]
@@ -156,8 +155,7 @@ def test_golden_logits(name):
 def test_golden_logits_in_float16():
     """Weights, activations and cache in float16 (stored bfloat16): the tolerance of the golden data."""
     folder, golden = model_folder("st_new_bf16"), load("st_new_bf16")
-    config = QwenConfig.from_folder(folder)
-    source = open_checkpoint(folder)
+    config, source = stored(folder)
     runtime = ascend_runtime(config, "float16", standins("float16"), source, CacheSpec(16, 16))
     assert runtime.model.transformer.h[0].attn.core.key_cache.dtype == ms.float16
     ids, blocks = golden["prompt2_ids"], list(range(16))
@@ -173,9 +171,8 @@ def test_golden_logits_in_float16():
 @pytest.fixture(scope="module")
 def longctx():
     folder = model_folder("longctx")
-    return ascend_runtime(
-        QwenConfig.from_folder(folder), source=open_checkpoint(folder), cache=CacheSpec(24, 16)
-    )
+    config, source = stored(folder)
+    return ascend_runtime(config, source=source, cache=CacheSpec(24, 16))
 
 
 @pytest.mark.parametrize(("ntk", "logn"), list(itertools.product((0, 1), repeat=2)))
