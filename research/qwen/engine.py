@@ -69,9 +69,13 @@ class Engine:
         cls,
         path: str | Path,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: str | None = None,
         backend: str | None = None,
         *,
+        lm_head_dtype: str | None = None,
+        embedding_dtype: str | None = None,
+        kv_dtype: str | None = None,
+        activations: str | None = None,
         config: str | Path | None = None,
         vocab_file: str | Path | None = None,
         num_blocks: int | None = None,
@@ -83,7 +87,9 @@ class Engine:
 
         Args:
             device: cpu, ascend, or auto (Ascend if MindSpore finds one).
-            dtype: of the computation: float32 on cpu; float16 or bfloat16 on ascend.
+            dtype: of the weights: None as stored; int8, int4, int4-g64-asym, ... quantise a plain checkpoint while it
+                loads; float32 is as stored with nothing rounded on the way. On ascend the dtype of the computation.
+            lm_head_dtype, embedding_dtype, kv_dtype, activations: see model.precision.Precision.
             backend: cpu, reference or ascend; None follows the device.
             config: YAML to read the model from instead of config.json.
             num_blocks, block_size: size of the paged KV cache; None fits the context and the memory at hand.
@@ -92,8 +98,10 @@ class Engine:
             ConfigError, CheckpointError, VocabularyError, KernelError: each says what is wrong and how to mend it.
         """
         from research.qwen.model.opening import open_model
+        from research.qwen.model.precision import Precision
 
-        opened = open_model(path, device, dtype, backend, config, num_blocks, block_size, threads)
+        precision = Precision(dtype, lm_head_dtype, embedding_dtype, kv_dtype, activations)
+        opened = open_model(path, device, backend, config, precision, num_blocks, block_size, threads)
         tokenizer = _find_tokenizer(vocab_file or opened.vocab_file, opened.folder, opened.runtime.vocab_size)
         return cls(opened.runtime, tokenizer, generation=opened.generation, eos_ids=opened.eos_ids, **options)
 

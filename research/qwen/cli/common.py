@@ -40,7 +40,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, ascend, or auto (default)")
     parser.add_argument("--backend", help="cpu, reference or ascend (default: what the device needs)")
-    parser.add_argument("--dtype", help="computation dtype (default: float32 on cpu, float16 on ascend)")
+    parser.add_argument(
+        "--dtype",
+        help="weights: int8, int4, int4-g64-asym, ... or bfloat16 (default: as stored); float32: as stored, nothing "
+        "rounded; on ascend the computation: float16 (default) or bfloat16",
+    )
+    parser.add_argument("--lm-head-dtype", metavar="DTYPE", help="the same for the output matrix")
+    parser.add_argument("--embedding-dtype", metavar="DTYPE", help="the same for the embedding table")
+    parser.add_argument("--kv-dtype", metavar="DTYPE", help="KV cache: bfloat16 (default on cpu), float32 or int8")
+    parser.add_argument(
+        "--activations", metavar="DTYPE", help="beside integer weights on cpu: int8 (default) or float32, exact"
+    )
     parser.add_argument("--config", help="YAML to read the model from instead of config.json")
     parser.add_argument("--vocab", help="vocabulary file qwen.tiktoken (default: beside the checkpoint)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: physical cores)")
@@ -93,12 +103,15 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     device = args.device
     if device == "auto":  # a backend that is named decides: the device need not be looked for
         device = ("ascend" if args.backend == "ascend" else "cpu") if args.backend else resolve_device(device)
-    dtype = args.dtype or ("float16" if device == "ascend" else "float32")
     engine = Engine.from_pretrained(
         path,
         device=device,
-        dtype=dtype,
+        dtype=args.dtype,
         backend=args.backend,
+        lm_head_dtype=args.lm_head_dtype,
+        embedding_dtype=args.embedding_dtype,
+        kv_dtype=args.kv_dtype,
+        activations=args.activations,
         config=args.config,
         vocab_file=args.vocab,
         threads=args.threads,

@@ -29,10 +29,14 @@ FormatOf = Callable[[str], str]
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Size of each layer's paged KV cache: (num_blocks, block_size, heads, head_dim), keys and values."""
+    """Size and number format of each layer's paged KV cache of keys and values.
+
+    ``fmt``: float32, bfloat16 or int8 (a scale per token and head), or auto: the backend's ``activation_dtype``.
+    """
 
     num_blocks: int
     block_size: int = 16
+    fmt: str = "auto"
 
     @property
     def tokens(self) -> int:
@@ -129,9 +133,12 @@ class Kernels(Protocol):
         """
 
     def quantised_parameters(
-        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int
+        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int, table: bool = False
     ) -> dict[str, Tensor]:
-        """Parameter name -> tensor for a matrix (n, k) given as the packed arrays of quant.schemes."""
+        """Parameter name -> tensor for a matrix (n, k) given as the packed arrays of quant.schemes.
+
+        ``table``: the embedding and not the matrix of a linear cell.
+        """
 
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
         """The tensor a parameter of format ``fmt`` is set to, sharing the array's memory where possible."""

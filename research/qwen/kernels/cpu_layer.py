@@ -19,7 +19,7 @@ from research.qwen.kernels.parameters import placeholder
 COLUMNS = 16  # rows of a packed matrix come in groups of as many
 _FLOAT_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _PACKED_CODE = 3
-_CACHE_CODES = {"float32": 0, "bfloat16": 1, "int8": 2}
+_CACHE_CODES = {"auto": 0, "float32": 0, "bfloat16": 1, "int8": 2}
 _PLAN = 8  # numbers that describe one matrix: see MatrixPlan in csrc/ops_layer.cc
 
 

@@ -27,6 +27,8 @@ from research.qwen.mf.options import read_options, read_prompts
 from research.qwen.mf.weights import ParameterSource, ZeroSource, initial_format
 from research.qwen.model.loading import TensorSource, is_cache
 from research.qwen.model.opening import backend_options, cache_spec
+from research.qwen.model.precision import Precision
+from research.qwen.model.quantise import Plan, quantised_source
 from research.qwen.model.runtime import Runtime
 from research.qwen.weights.names import check
 from research.qwen.weights.readers import open_checkpoint
@@ -64,8 +66,8 @@ class QwenForCausalLM(PreTrainedModel):
         self.shape, self.defaults, self.use_past = settings.shape, settings.generation, run.use_past
         self.chat_format = run.chat_format
         name = choose_backend(backend)
-        dtype = run.compute_dtype if name == "ascend" else "float32"
-        self.kernels = load_kernels(name, **backend_options(name, dtype, None))
+        precision = Precision(run.compute_dtype if name == "ascend" else None)
+        self.kernels = load_kernels(name, **backend_options(name, precision, None))
         self.cache = cache_spec(self.shape, name, run.num_blocks, run.block_size)
         self.lock = threading.RLock()
         self._alphas: dict[int, float] = {}
@@ -92,8 +94,7 @@ class QwenForCausalLM(PreTrainedModel):
         path = config.checkpoint_name_or_path if isinstance(config, LlamaConfig) else config
         if path:
             checkpoint = open_checkpoint(Path(path))
-            check(checkpoint, self.shape)
-            self._install(checkpoint)
+            self._install(quantised_source(checkpoint, self.shape, Plan()))
             if (checkpoint.folder / "config.json").exists():
                 different = disagreement(QwenConfig.from_folder(checkpoint.folder), self.shape)
                 if different:

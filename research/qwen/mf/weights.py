@@ -48,6 +48,10 @@ class ParameterSource:
             "bfloat16" if kind == "uint16" else kind
         )  # bits, if mindspore.save_checkpoint wrote a model of ours
 
+    def format(self, name: str) -> str:
+        """The same: nothing here is quantised."""
+        return self.dtype(name)
+
     def read(self, name: str) -> NDArray[Any]:
         """The array; bfloat16 as its uint16 bits."""
         array = self._parameters[name].asnumpy()
@@ -64,13 +68,13 @@ class ZeroSource:
         """Published names."""
         return list(self._shapes)
 
-    def dtype(self, name: str) -> str:
+    def format(self, name: str) -> str:
         """The format of matrices; biases and norms are float32."""
         return "float32" if name.endswith(SMALL) else self._fmt
 
     def read(self, name: str) -> NDArray[Any]:
         """Zeros."""
-        return np.zeros(self._shapes[name], STORED[self.dtype(name)])
+        return np.zeros(self._shapes[name], STORED[self.format(name)])
 
 
 def initial_format(param_init_type: str, kernels: Kernels) -> str:

@@ -5,64 +5,96 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from mindspore import Parameter
+from mindspore import Parameter, Tensor
 from numpy.typing import NDArray
 
+from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError
 from research.qwen.kernels.api import Kernels
 from research.qwen.kernels.arrays import widen
+from research.qwen.kernels.packing import ORDERED, packing
 from research.qwen.model.qwen import QwenModel
+from research.qwen.weights.names import expected
 
 SMALL = (".bias", ".ln_1.weight", ".ln_2.weight", ".ln_f.weight")
+_CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
 
 
 class TensorSource(Protocol):
-    """What the loader needs of a checkpoint (weights.readers.Checkpoint is one)."""
+    """What the loader needs of a checkpoint: the published names, or the packed arrays of a quantised matrix
+    (``X.weight``, ``X.scales``, ...) in their place."""
 
     def names(self) -> list[str]:
-        """Tensor names as published."""
+        """Names of the tensors."""
 
-    def dtype(self, name: str) -> str:
-        """float32, float16 or bfloat16."""
+    def format(self, name: str) -> str:
+        """How the published tensor is stored: float32, float16, bfloat16, or the text of a quantisation scheme."""
 
     def read(self, name: str) -> NDArray[np.generic]:
         """The stored array; bfloat16 as uint16 bits."""
 
 
 def is_cache(name: str) -> bool:
-    """Whether a parameter name is a KV cache and not a weight."""
-    return name.endswith(("key_cache", "value_cache"))
+    """Whether a parameter name belongs to a KV cache and is not a weight."""
+    return name.endswith(_CACHES)
 
 
 def weight_parameters(model: QwenModel) -> dict[str, Parameter]:
-    """Published name -> parameter, caches left out."""
+    """Name -> parameter, caches left out."""
     return {name: p for name, p in model.parameters_and_names() if not is_cache(name)}
 
 
 def storage_format(source: TensorSource, name: str) -> str:
     """The format a weight is kept in: matrices as stored, biases and norms in float32."""
-    return "float32" if name.endswith(SMALL) else source.dtype(name)
+    if name.endswith(SMALL):
+        return "float32"
+    fmt = source.format(name)
+    ordered = packing(fmt) is not None and name.removesuffix("weight") + "order" in source.names()
+    return fmt + ORDERED if ordered else fmt
 
 
-def load_weights(model: QwenModel, source: TensorSource, kernels: Kernels) -> None:
+def load_weights(model: QwenModel, source: TensorSource, kernels: Kernels, config: QwenConfig) -> None:
     """Set every parameter from the checkpoint. Names and shapes were checked against the config before.
 
     Raises CheckpointError if a parameter is left without data or a tensor without parameter.
     """
     parameters = weight_parameters(model)
-    names = set(source.names())
-    missing, extra = sorted(set(parameters) - names), sorted(names - set(parameters))
-    if missing or extra:
+    wanted = expected(config)
+    left, extra = set(parameters), set(source.names())
+    missing = sorted(set(wanted) - extra)
+    for name, shape in wanted.items():
+        if name in missing:
+            continue
+        values, used = _tensors(name, shape, source, kernels)
+        extra -= used
+        for parameter, value in values.items():
+            if parameter in parameters:
+                parameters[parameter].set_data(value, slice_shape=True)
+                left.discard(parameter)
+    if missing or left or extra:
         raise CheckpointError(
-            f"checkpoint does not match the model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(extra)} without a place {extra[:3]}"
+            f"checkpoint does not match the model: {len(missing)} tensors missing {(missing or sorted(left))[:3]}, "
+            f"{len(extra)} without a place {sorted(extra)[:3]}"
         )
-    for name, parameter in parameters.items():
-        array, fmt = source.read(name), source.dtype(name)
-        if name.endswith(SMALL):
-            array, fmt = widen(array, fmt), "float32"
-        try:
-            value = kernels.parameter(array, fmt)
-        except CheckpointError as error:  # the backend knows the value, only we know the name
-            raise CheckpointError(f"{name}: {error}") from error
-        parameter.set_data(value, slice_shape=True)
+
+
+def _tensors(
+    name: str, shape: tuple[int, ...], source: TensorSource, kernels: Kernels
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Parameter name -> value for one published tensor, and the names of the stored arrays that were used."""
+    fmt = storage_format(source, name)
+    packed = packing(fmt)
+    try:
+        if packed is None:
+            stored = source.format(name)
+            array = source.read(name)
+            if name.endswith(SMALL):
+                array = widen(array, stored)
+            return {name: kernels.parameter(array, fmt)}, {name}
+        stem = name.removesuffix("weight")
+        arrays = {part: source.read(stem + part) for part in packed.parts}
+        table = stem.endswith(".wte.")
+        tensors = kernels.quantised_parameters(arrays, str(packed.scheme), *shape, table=table)
+        return {stem + part: tensor for part, tensor in tensors.items()}, {stem + part for part in arrays}
+    except CheckpointError as error:  # the backend knows the value, only we know the name
+        raise CheckpointError(f"{name}: {error}") from error

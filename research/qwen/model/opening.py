@@ -12,13 +12,15 @@ from research.qwen.config import QwenConfig, read_json
 from research.qwen.errors import CheckpointError, ConfigError, KernelError
 from research.qwen.kernels.api import BACKENDS, CacheSpec, load_kernels
 from research.qwen.kernels.devices import resolve_device
+from research.qwen.model.precision import Precision
+from research.qwen.model.quantise import native_quantiser, quantised_source
 from research.qwen.model.runtime import Runtime
 from research.qwen.settings import RunSettings, load_settings
-from research.qwen.weights.names import check
 from research.qwen.weights.readers import open_checkpoint
 
 DEVICES = ("cpu", "ascend", "auto")
 MEMORY_SHARE = 0.4  # of the free memory, for a KV cache whose size nobody gave
+CACHE_BYTES = {"bfloat16": 2, "int8": 1}  # of one number; the scales of int8 are left out
 REFERENCE_TOKENS = 4096  # plain operators copy the whole cache at every step: keep it small
 
 log = logging.getLogger(__name__)
@@ -38,14 +40,15 @@ class Opened:
 def open_model(
     path: str | Path,
     device: str = "cpu",
-    dtype: str = "float32",
     backend: str | None = None,
     config: str | Path | None = None,
+    precision: Precision | None = None,
     num_blocks: int | None = None,
     block_size: int = 16,
     threads: int | None = None,
 ) -> Opened:
-    """Load a Hugging Face folder, a converted folder, or a .ckpt / .safetensors file with its YAML beside it."""
+    """Load a Hugging Face folder, a converted or quantised one, or a .ckpt / .safetensors file with its YAML beside
+    it. ``precision`` None: everything as stored, and the device's defaults."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
@@ -53,11 +56,11 @@ def open_model(
     settings = find_settings(path, config)
     folder = path if path.is_dir() else path.parent
     shape = settings.model if settings is not None else QwenConfig.from_folder(folder)
-    checkpoint = open_checkpoint(path)
-    check(checkpoint, shape)
-    kernels = load_kernels(name, **backend_options(name, dtype, threads))
-    cache = cache_spec(shape, name, num_blocks, block_size)
-    runtime = Runtime.load(shape, checkpoint, kernels, cache)
+    wanted = precision or Precision()
+    source = quantised_source(open_checkpoint(path), shape, wanted.plan(name), native_quantiser(name, threads))
+    kernels = load_kernels(name, **backend_options(name, wanted, threads))
+    cache = cache_spec(shape, name, num_blocks, block_size, wanted.cache_format(name))
+    runtime = Runtime.load(shape, source, kernels, cache)
     generation = generation_defaults(folder, settings)
     eos = settings.eos_ids if settings is not None else None
     return Opened(runtime, folder, generation, eos, settings.vocab_file if settings is not None else None)
@@ -72,17 +75,14 @@ def resolve_backend(device: str, backend: str | None) -> str:
     return backend or resolve_device(device)
 
 
-def backend_options(name: str, dtype: str, threads: int | None) -> dict[str, Any]:
+def backend_options(name: str, precision: Precision, threads: int | None) -> dict[str, Any]:
     """Keyword arguments of a backend's build(); KernelError for a computation dtype it does not have."""
     if name == "ascend":
-        if dtype not in ("float16", "bfloat16"):
-            raise KernelError(f"backend ascend computes in float16 (910A) or bfloat16 (910B), not {dtype!r}")
-        return {"dtype": dtype}
-    if dtype != "float32":
-        raise KernelError(
-            f"backend {name} computes in float32, not {dtype!r}; stored bf16 / fp16 weights stay as stored"
-        )
-    return {"threads": threads} if name == "cpu" else {}
+        return {"dtype": precision.compute_dtype(name)}
+    precision.compute_dtype(name)
+    if name == "cpu":
+        return {"threads": threads, "activations": precision.activation_format()}
+    return {}
 
 
 def find_settings(path: Path, config: str | Path | None) -> RunSettings | None:
@@ -109,7 +109,9 @@ def generation_defaults(folder: Path, settings: RunSettings | None) -> dict[str,
     return values
 
 
-def cache_spec(config: QwenConfig, backend: str, num_blocks: int | None, block_size: int) -> CacheSpec:
+def cache_spec(
+    config: QwenConfig, backend: str, num_blocks: int | None, block_size: int, fmt: str = "auto"
+) -> CacheSpec:
     """The cache asked for, or one that holds the longest context as far as free memory allows.
 
     Pages are touched only when used, so a large cache costs nothing until long texts run.
@@ -117,15 +119,15 @@ def cache_spec(config: QwenConfig, backend: str, num_blocks: int | None, block_s
     if block_size < 1 or (num_blocks is not None and num_blocks < 1):
         raise ConfigError(f"block_size {block_size} and num_blocks {num_blocks} must be positive")
     if num_blocks is not None:
-        return CacheSpec(num_blocks, block_size)
+        return CacheSpec(num_blocks, block_size, fmt)
     if backend == "ascend":  # free device memory is not known here: one full context of the trained length
-        return CacheSpec(-(-config.seq_length // block_size), block_size)
-    per_token = 2 * config.num_layers * config.hidden_size * 4
+        return CacheSpec(-(-config.seq_length // block_size), block_size, fmt)
+    per_token = 2 * config.num_layers * config.hidden_size * CACHE_BYTES.get(fmt, 4)
     tokens = max(2 * config.max_length, 4096)
     tokens = min(tokens, max(int(_free_memory() * MEMORY_SHARE) // per_token, 1024))
     if backend == "reference":
         tokens = min(tokens, REFERENCE_TOKENS)
-    return CacheSpec(max(tokens // block_size, 1), block_size)
+    return CacheSpec(max(tokens // block_size, 1), block_size, fmt)
 
 
 def _free_memory() -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
@@ -34,12 +35,13 @@ class Runtime:
         ids = Tensor(shape=[None], dtype=ms.int32)
         model.set_inputs(ids, ids, *kernels.step_signature(config, cache))
         self._graph = ONE_GRAPH
+        self._compiled: str | None = None
 
     @classmethod
     def load(cls, config: QwenConfig, source: TensorSource, kernels: Kernels, cache: CacheSpec) -> Runtime:
         """Build the model for a checkpoint and set its weights."""
         model = QwenModel(config, kernels, cache, lambda name: storage_format(source, name))
-        load_weights(model, source, kernels)
+        load_weights(model, source, kernels, config)
         return cls(config, kernels, cache, model)
 
     @property
@@ -85,6 +87,17 @@ class Runtime:
         step = self.kernels.make_step(view, self.config, self.cache)
         with self._lock, held():
             self._select(self.kernels.graph_key(view))
-            # compile_and_run and not __call__: the graph is compiled even where the caller left PYNATIVE mode on.
-            out = self.model.compile_and_run(Tensor.from_numpy(ids), Tensor.from_numpy(rows), *step)
+            out = self._call(Tensor.from_numpy(ids), Tensor.from_numpy(rows), *step)
         return np.asarray(out.asnumpy(), np.float32)
+
+    def _call(self, *inputs: Tensor) -> Tensor:
+        """Run the graph, compiled at its first use whatever mode the caller left MindSpore in.
+
+        ``compile_and_run`` walks over all cells of the model to ask whether it must compile, which takes longer than
+        running a small graph. The executor behind it is private to MindSpore (2.9.0, pinned).
+        """
+        if self._compiled == self._graph:
+            return _cell_graph_executor(self.model, *inputs, phase=self.model.phase)
+        out = self.model.compile_and_run(*inputs)
+        self._compiled = self._graph
+        return out

@@ -1,5 +1,7 @@
 // The fused layer and packed matrices as MindSpore calls them. MindSpore keeps one registration a name, with the number
 // and types of the inputs, so there are several names for each operator: Python takes one for every set of types.
+#include <initializer_list>
+
 #include "isa.h"
 #include "layer.h"
 #include "linear.h"
@@ -39,7 +41,7 @@ void** read_cache(int format, void** p, AttentionArgs* a) {
   a->format = format;
   a->keys = *p++;
   a->values = *p++;
-  if (format == kCacheInt8) {
+  if (format == kKvI8) {
     a->key_scales = static_cast<float*>(*p++);
     a->value_scales = static_cast<float*>(*p++);
   }
