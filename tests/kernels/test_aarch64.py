@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from research.qwen.kernels import build
-from tests.kernels import test_cpu_kernels, test_quant_kernels
+from research.qwen.kernels.native import NativeLibrary
+from tests.kernels import quant_cases, test_cpu_kernels, test_quant_kernels
 from tests.kernels.aarch64.emulated import EmulatedLibrary
 
 COMPILER = "aarch64-linux-gnu-g++"
@@ -72,3 +74,27 @@ def _tests_of_a_library(module):
 
 for _module in (test_cpu_kernels, test_quant_kernels):
     globals().update(_tests_of_a_library(_module))
+
+
+@pytest.fixture(scope="module")
+def here():
+    """The library of this machine, where it too has a fused multiply-add."""
+    library = NativeLibrary(build.library_path())
+    if library.isa == "base" and platform.machine() != "aarch64":
+        pytest.skip("this processor rounds twice where aarch64 rounds once")
+    library.set_threads(2)
+    return library
+
+
+@pytest.mark.parametrize("text", quant_cases.SCHEMES)
+def test_integer_weights_give_the_bits_of_this_machine(native, here, rng, text):
+    one, two = (quant_cases.matrix(rng, text, 75, 330) for _ in range(2))
+    ordered = quant_cases.matrix(rng, text, 50, 500, order=True)
+    for rows in (1, 2, 3, 6, 21):
+        x, longer = (quant_cases.activations(rng, rows, k) for k in (330, 500))
+        for name in ("QwenTestQuantLinear", "QwenTestFloatLinear"):
+            for case in ((x, one), (longer, ordered)):
+                got, wanted = (quant_cases.run(library, *case, name=name) for library in (native, here))
+                np.testing.assert_array_equal(got, wanted, err_msg=f"{name}, {rows} rows")
+        got, wanted = (quant_cases.gated(library, x / 100, one, two) for library in (native, here))
+        np.testing.assert_array_equal(got, wanted, err_msg=f"gated, {rows} rows")

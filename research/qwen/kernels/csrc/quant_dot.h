@@ -10,6 +10,15 @@ typedef uint8_t VB __attribute__((vector_size(4 * QWEN_LANES)));  // kLanes colu
 typedef uint8_t VBUnaligned __attribute__((vector_size(4 * QWEN_LANES), aligned(1), may_alias));
 
 INLINE VB load_codes(const uint8_t* p) { return *reinterpret_cast<const VBUnaligned*>(p); }
+
+}  // namespace
+
+#if defined(__aarch64__)
+#include "quant_neon.h"
+#else
+
+namespace {
+
 INLINE VB low_nibbles(VB v) { return v & 15; }
 INLINE VB high_nibbles(VB v) { return (VB)((VU)v >> 4) & 15; }
 
@@ -61,3 +70,5 @@ INLINE VI dot_step(VI acc, VB codes, VI x) {
 }
 
 }  // namespace
+
+#endif

@@ -82,6 +82,7 @@ INLINE VI zero_of(const Columns& c, int64_t g, int p) {
   return c.zeros ? bytes_wide(c.zeros + g * 16 + p * kLanes) : (BITS == 4 ? 8 : 128) - VI{};
 }
 
+#if !defined(__aarch64__)
 // Exact sums of one block: R rows x 16 columns.
 template <int BITS, int R>
 INLINE void block_dot(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t block, VI (&dot)[R][kParts]) {
@@ -118,6 +119,7 @@ INLINE void block_dot(const uint8_t* codes, const int8_t* q, int64_t stride, int
       for (int c = 1; c < kChains; ++c) dot[r][p] += sum[c][r][p];
     }
 }
+#endif  // else in quant_neon.h
 
 // R rows x 16 columns over all of k.
 template <int BITS, int R>
