@@ -96,6 +96,10 @@ class Loaded:
         ids = np.concatenate([ids for ids, _, _ in runs]).astype(np.int32)
         return self.net(Tensor(ids), *self.kernels.make_step(view, CONFIG, CACHE)).asnumpy()
 
+    def caches(self):
+        """Keys and values of both layers by slot, copied."""
+        return [array.copy() for layer in self.net.attend for array in layer.read_cache()]
+
     def expect(self, ids):
         """One sequence from position 0 in float64."""
         w = self.weights
@@ -152,17 +156,16 @@ def test_weights_stay_where_they_are_mapped(loaded):
 
 def test_every_layer_writes_its_own_cache_in_place(loaded):
     loaded.run((IDS[:4], 0, [39]))
-    caches = [p for p in loaded.net.get_parameters() if is_cache(p.name)]
-    assert len(caches) == 4 and not any(p.requires_grad for p in caches)
-    rows = [p.asnumpy()[39] for p in caches]
+    parameters = [p for p in loaded.net.get_parameters() if is_cache(p.name)]
+    assert len(parameters) == 4 and not any(p.requires_grad for p in parameters)
+    rows = [array[39 * 4 : 40 * 4] for array in loaded.caches()]
     for i, row in enumerate(rows):
         assert np.abs(row).min(axis=(1, 2)).all()
         assert all(not np.array_equal(row, other) for other in rows[:i])
-    before = [p.asnumpy().copy() for p in caches]
+    before = loaded.caches()
     loaded.run((IDS[4:5], 0, [38]))
-    for old, cache in zip(before, caches, strict=True):
-        changed = np.argwhere((old != cache.asnumpy()).any(axis=(2, 3)))
-        np.testing.assert_array_equal(changed, [[38, 0]])
+    for old, new in zip(before, loaded.caches(), strict=True):
+        np.testing.assert_array_equal(np.flatnonzero((old != new).any(axis=(1, 2))), [38 * 4])
 
 
 def test_untouched_cache_costs_no_memory():
@@ -170,7 +173,7 @@ def test_untouched_cache_costs_no_memory():
     before = resident_bytes()
     cell = kernels.attention(CONFIG, CacheSpec(num_blocks=1 << 19, block_size=4))
     assert resident_bytes() - before < 64 << 20
-    assert cell.key_cache.shape == (1 << 19, 4, 2, 16)
+    assert cell.value_cache.shape == (1 << 19, 2, 4, 16)
 
 
 def resident_bytes():

@@ -127,15 +127,11 @@ def test_unaligned_weights(native, rng, fmt, offset):
 def test_threads_do_not_change_a_bit(native, rng):
     x = rng.standard_normal((64, 300)).astype(np.float32)
     w = rng.standard_normal((500, 300)).astype(np.float32)
-    case = truth.sequence(rng, 150, 4, 16)
     results = []
     for threads in (1, 2, 5, 3):
         native.set_threads(threads)
         assert native.threads == threads
-        call = truth.step([(case, 0, 150, list(range(10)))], truth.empty_cache(10, 16, 4, 16))
-        attended = call.output()
-        assert native.bind("QwenAttention", call.inputs(), attended)() == 0
-        results.append((linear(native, x[:1], w, "float32"), linear(native, x, w, "float32"), attended))
+        results.append((linear(native, x[:1], w, "float32"), linear(native, x, w, "float32")))
     native.set_threads(2)
     for other in results[1:]:
         for mine, want in zip(other, results[0], strict=True):
@@ -207,82 +203,8 @@ def test_every_half_is_widened_exactly(native):
     np.testing.assert_array_equal(y, weight.astype(np.float32))
 
 
-@pytest.mark.parametrize("heads, d", [(1, 2), (3, 6), (4, 16), (2, 8), (2, 32), (2, 128), (1, 96)])
-@pytest.mark.parametrize("length", [1, 3, 64, 65, 200])
-def test_attention(native, rng, heads, d, length):
-    case = truth.sequence(rng, length, heads, d)
-    blocks = list(rng.permutation(14)[: -(-length // 16)])
-    call = truth.step([(case, 0, length, blocks)], truth.empty_cache(14, 16, heads, d))
-    y = call.output()
-    assert native.bind("QwenAttention", call.inputs(), y)() == 0
-    np.testing.assert_allclose(y, truth.attention(case, heads, d), rtol=0, atol=5e-6)
-    written = np.isfinite(call.keys).all(axis=(2, 3)).reshape(-1)
-    assert sorted(np.flatnonzero(written)) == sorted(call.slots)
-    v = case["qkv"][:, 2 * heads * d :].reshape(length, heads, d)
-    np.testing.assert_array_equal(call.values.reshape(-1, heads, d)[call.slots], v)
-
-
-@pytest.mark.parametrize("chunks", [[150], [1] * 150, [64, 64, 22], [3, 70, 77], [149, 1]], ids=str)
-def test_chunks_do_not_change_a_bit(native, rng, chunks):
-    heads, d = 2, 20
-    case = truth.sequence(rng, 150, heads, d)
-    whole = truth.step([(case, 0, 150, list(range(38)))], truth.empty_cache(38, 4, heads, d))
-    want = whole.output()
-    assert native.bind("QwenAttention", whole.inputs(), want)() == 0
-    cache, start = truth.empty_cache(38, 4, heads, d), 0
-    for size in chunks:
-        call = truth.step([(case, start, size, list(range(38)))], cache)
-        y = call.output()
-        assert native.bind("QwenAttention", call.inputs(), y)() == 0
-        np.testing.assert_array_equal(y, want[start : start + size])
-        start += size
-
-
-def test_neighbours_do_not_change_a_bit(native, rng):
-    """Three sequences together, one in prefill, one in a chunk, one in decode, against each alone."""
-    heads, d = 3, 16
-    cases = [truth.sequence(rng, n, heads, d) for n in (100, 90, 70)]
-    runs = [(cases[0], 0, 100, [3, 9, 1, 20, 4, 0, 30]), (cases[1], 60, 30, [2, 5, 6, 7, 8, 10])]
-    runs += [(cases[2], 69, 1, [11, 12, 13, 14, 15])]
-    cache = truth.empty_cache(31, 16, heads, d)
-    for case, start, _, blocks in runs[1:]:
-        earlier = truth.step([(case, 0, start, blocks)], cache)
-        assert native.bind("QwenAttention", earlier.inputs(), earlier.output())() == 0
-    together = truth.step(runs, cache)
-    y = together.output()
-    assert native.bind("QwenAttention", together.inputs(), y)() == 0
-    row = 0
-    for run in runs:
-        call = truth.step([run], cache)
-        alone = call.output()
-        assert native.bind("QwenAttention", call.inputs(), alone)() == 0
-        np.testing.assert_array_equal(y[row : row + run[2]], alone)
-        row += run[2]
-
-
-def test_large_scores_do_not_overflow(native, rng):
-    case = truth.sequence(rng, 130, 1, 8)
-    case["qkv"] = case["qkv"] * np.float32(100)
-    call = truth.step([(case, 0, 130, list(range(9)))], truth.empty_cache(9, 16, 1, 8))
-    y = call.output()
-    assert native.bind("QwenAttention", call.inputs(), y)() == 0
-    assert np.isfinite(y).all()
-    bound = np.abs(case["qkv"]).max()
-    assert np.abs(y).max() <= bound * 1.0001
-    np.testing.assert_allclose(y[0], case["qkv"][0, 16:], rtol=1e-6)
-
-
-def test_wrong_arguments_are_refused_and_nothing_is_written(native, rng):
+def test_wrong_arguments_are_refused(native):
     x, w = np.ones((2, 8), np.float32), np.ones((3, 9), np.float32)
     assert native.bind("QwenLinearF32", [x, w], np.zeros((2, 3), np.float32))() == BAD_ARGUMENT
     ids = np.array([0, 3], np.int32)
     assert native.bind("QwenEmbeddingF32", [ids, w], np.zeros((2, 9), np.float32))() == BAD_INDEX
-    case = truth.sequence(rng, 4, 1, 8)
-    call = truth.step([(case, 0, 4, [0, 1])], truth.empty_cache(2, 2, 1, 8))
-    for slots in ([0, 1, 2, 4], [0, 1, 2, -1]):
-        bad = truth.with_slots(call, slots)
-        assert native.bind("QwenAttention", bad.inputs(), bad.output())() == BAD_INDEX
-    bad = truth.step([(case, 0, 4, [0, 1])], truth.empty_cache(2, 2, 1, 8))
-    bad.tables[0, 1] = 2
-    assert native.bind("QwenAttention", bad.inputs(), bad.output())() == BAD_INDEX
-    assert np.isnan(bad.keys).all()

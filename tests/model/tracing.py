@@ -53,8 +53,6 @@ def trace(runtime: Runtime, ids: np.ndarray) -> dict[str, np.ndarray]:
     for layer, block in enumerate(runtime.model.transformer.h):
         for place, name in enumerate(LAYER_NAMES):
             kept[f"h{layer}_{name}"] = values[1 + layer * len(LAYER_NAMES) + place]
-        for part in ("key", "value"):
-            cache = getattr(block.attn.core, f"{part}_cache").asnumpy()
-            flat = cache.reshape(-1, config.num_heads, config.head_dim)
-            kept[f"h{layer}_cache_{part}"] = flat[:count]
+        for part, cached in zip(("key", "value"), block.attn.core.read_cache(), strict=True):
+            kept[f"h{layer}_cache_{part}"] = cached[:count]
     return kept

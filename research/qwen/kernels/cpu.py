@@ -23,6 +23,7 @@ from research.qwen.kernels.api import CacheSpec, FormatOf, StepView
 from research.qwen.kernels.build import library_path
 from research.qwen.kernels.cpu_layer import FusedLayer, PackedEmbedding, PackedLinear, float_plan
 from research.qwen.kernels.cpu_ops import F32, I32, TYPES, operator
+from research.qwen.kernels.kv_layout import SUFFIX, cache_arrays, read_cache
 from research.qwen.kernels.layer import Layer
 from research.qwen.kernels.native import NativeLibrary
 from research.qwen.kernels.packing import packing
@@ -123,24 +124,40 @@ class SwiGlu(nn.Cell):  # type: ignore[misc]
 class Attention(nn.Cell):  # type: ignore[misc]
     """Rotary, log-n, paged KV cache and causal attention in one kernel; owns its cache.
 
-    ``key_cache`` and ``value_cache`` are parameters told from weights by their names; memory is committed by the
-    system only as blocks are first written.
+    ``key_cache``, ``value_cache`` and, for int8, ``key_scales``, ``value_scales`` are parameters told from weights by
+    their names, laid out as kv_layout says; memory is committed by the system only as blocks are first written.
     """
 
     def __init__(self, library: Path, config: QwenConfig, cache: CacheSpec) -> None:
         super().__init__()
-        shape = (cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
-        self.key_cache = zero_cache("key_cache", shape)
-        self.value_cache = zero_cache("value_cache", shape)
-        types = (F32, F32, F32, F32, I32, I32, I32, I32, F32, F32)
-        self.kernel = operator(library, "QwenAttention", *types)
+        fmt = "float32" if cache.fmt == "auto" else cache.fmt
+        layout = cache_arrays(fmt, cache.num_blocks, cache.block_size, config.num_heads, config.head_dim)
+        for name, (shape, dtype) in layout.items():
+            setattr(self, name, zero_cache(name, shape, dtype))
+        self.scaled = fmt == "int8"
+        self.names = tuple(layout)
+        self.types = [TYPES[dtype] for _, dtype in layout.values()]
+        types = (F32, F32, F32, F32, I32, I32, I32, I32, *self.types)
+        self.kernel = operator(library, f"QwenAttention{SUFFIX[fmt]}", *types)
+
+    def cache_types(self) -> list[Any]:
+        """Registration types of ``caches``."""
+        return self.types
+
+    def caches(self) -> tuple[Tensor, ...]:
+        """The cache as inputs of a kernel."""
+        if self.scaled:
+            return (self.key_cache, self.value_cache, self.key_scales, self.value_scales)
+        return (self.key_cache, self.value_cache)
+
+    def read_cache(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values (slots, heads, head_dim) as float32."""
+        return read_cache({name: getattr(self, name).asnumpy() for name in self.names})
 
     def construct(self, qkv: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         """qkv (T, 3 * hidden) float32 and the tuple of ``make_step`` -> (T, hidden) float32."""
         cos, sin, logn, slots, tables, q_lens, kv_lens = step
-        return self.kernel(
-            qkv, cos, sin, logn, slots, tables, q_lens, kv_lens, self.key_cache, self.value_cache
-        )
+        return self.kernel(qkv, cos, sin, logn, slots, tables, q_lens, kv_lens, *self.caches())
 
 
 class CpuKernels:
@@ -215,7 +232,7 @@ class CpuKernels:
         return "step"
 
     def quantised_parameters(
-        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int
+        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int, table: bool = False
     ) -> dict[str, Tensor]:
         """Tensors on the packed arrays' own memory."""
         return {name: Tensor.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor
+
+PAGE = 4096
 
 
 def placeholder(name: str, rank: int, dtype: Any = np.float32) -> Parameter:
@@ -13,11 +16,15 @@ def placeholder(name: str, rank: int, dtype: Any = np.float32) -> Parameter:
     return Parameter(Tensor.from_numpy(np.zeros((1,) * rank, dtype)), name=name, requires_grad=False)
 
 
-def zero_cache(name: str, shape: tuple[int, ...]) -> Parameter:
-    """A float32 KV cache; the system commits its memory only as blocks are first written.
+def zero_cache(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Parameter:
+    """A KV cache; the system commits its memory only as blocks are first written.
 
     A Parameter and not a buffer: a buffer becomes a constant of the graph, and equal constants are merged.
     """
-    parameter = placeholder(name, len(shape))
-    parameter.set_data(Tensor.from_numpy(np.zeros(shape, np.float32)), slice_shape=True)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + PAGE, np.uint8)  # room to start with a cache line, and with a page
+    first = -raw.ctypes.data % PAGE
+    parameter = placeholder(name, len(shape), dtype)
+    array = raw[first : first + size].view(dtype).reshape(shape)
+    parameter.set_data(Tensor.from_numpy(array), slice_shape=True)
     return parameter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mindspore as ms
@@ -15,6 +16,7 @@ from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
 from research.qwen.kernels.arrays import widen
 from research.qwen.kernels.layer import Layer
 from research.qwen.kernels.parameters import placeholder, zero_cache
+from research.qwen.quant.schemes import Scheme, dequantize_packed
 from research.qwen.rope import logn_factors, rotary_tables
 
 
@@ -96,6 +98,12 @@ class ReferenceKernels:
         """One graph serves every view."""
         return ONE_GRAPH
 
+    def quantised_parameters(
+        self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int, table: bool = False
+    ) -> dict[str, Tensor]:
+        """The float32 matrix that the packed arrays stand for, columns in their true order."""
+        return {"weight": Tensor.from_numpy(dequantize_packed(arrays, Scheme.parse(scheme), n, k))}
+
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:
         """The array widened to float32 (no copy if it is float32 already)."""
         return Tensor.from_numpy(widen(array, fmt))
@@ -164,6 +172,11 @@ class PagedAttention(nn.Cell):
         """Rotary embedding on halves: x (T, heads, d); cos, sin (T, 1, d / 2)."""
         a, b = ops.split(x, self.dim // 2, -1)
         return ops.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def read_cache(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Keys and values (slots, heads, head_dim) as float32."""
+        keys, values = self.key_cache.asnumpy(), self.value_cache.asnumpy()
+        return keys.reshape(-1, self.heads, self.dim), values.reshape(-1, self.heads, self.dim)
 
     def construct(self, qkv: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         cos, sin, logn, slots, tables, pad, unpad, positions, keys_at = step
