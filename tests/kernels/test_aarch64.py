@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,11 +15,12 @@ import pytest
 
 from research.qwen.kernels import build
 from research.qwen.kernels.native import NativeLibrary
-from tests.kernels import quant_cases, test_cpu_kernels, test_quant_kernels
+from tests.kernels import quant_cases
 from tests.kernels.aarch64.emulated import EmulatedLibrary
 
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
+LIBRARY_TEST = re.compile(r"^def test_\w+\(native\b", re.MULTILINE)
 SYSROOT = "/usr/aarch64-linux-gnu"
 pytestmark = [
     pytest.mark.mindspore,  # left out of the fast run: it compiles for some seconds
@@ -65,15 +68,18 @@ def test_the_processor_decides(built, processor, isa):
     library.close()
 
 
-def _tests_of_a_library(module):
-    """Tests of another file that need nothing but a library, random numbers and their own parameters."""
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if name.startswith("test_") and "native" in inspect.signature(function).parameters:
-            yield f"test_{module.__name__.rpartition('test_')[2]}_{name.removeprefix('test_')}", function
+def _tests_of_libraries():
+    """The tests beside this file that need nothing but a library, random numbers and their own parameters."""
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        if path.samefile(__file__) or not LIBRARY_TEST.search(path.read_text(encoding="utf-8")):
+            continue
+        module = importlib.import_module(f"{__package__}.{path.stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith("test_") and "native" in inspect.signature(function).parameters:
+                yield f"{path.stem}_{name.removeprefix('test_')}", function
 
 
-for _module in (test_cpu_kernels, test_quant_kernels):
-    globals().update(_tests_of_a_library(_module))
+globals().update(_tests_of_libraries())
 
 
 @pytest.fixture(scope="module")

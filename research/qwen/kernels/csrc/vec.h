@@ -68,6 +68,8 @@ INLINE float sum_lanes(V v) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+#elif defined(__aarch64__)
+  return vpadds_f32(vadd_f32(vget_low_f32((float32x4_t)v), vget_high_f32((float32x4_t)v)));
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
@@ -98,6 +100,18 @@ INLINE void sum_each(const V* v, float* out) {
     // 128-bit group g holds vectors g, g + 4, then the same of the upper eight.
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j) out[j] = sums[(j % 4) * 4 + j / 4];
+    return;
+  }
+#elif defined(__aarch64__)
+  if constexpr (N % 4 == 0) {
+    float32x4_t half[N / 2];
+#pragma GCC unroll 8
+    for (int j = 0; j < N / 2; ++j) {  // two vectors a register: lanes (i, i + 2)
+      const auto a = (float64x2_t)v[2 * j], b = (float64x2_t)v[2 * j + 1];
+      half[j] = vaddq_f32((float32x4_t)vzip1q_f64(a, b), (float32x4_t)vzip2q_f64(a, b));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < N / 4; ++j) vst1q_f32(out + 4 * j, vpaddq_f32(half[2 * j], half[2 * j + 1]));
     return;
   }
 #endif
@@ -141,7 +155,13 @@ struct F32 {
 
 struct BF16 {
   typedef uint16_t T;
-  INLINE V wide_bits(VH h) { return (V)(__builtin_convertvector(h, VU) << 16); }
+  INLINE V wide_bits(VH h) {
+#if defined(__aarch64__)
+    return (V)vshll_n_u16((uint16x4_t)h, 16);  // compilers take the conversion below apart, lane by lane
+#else
+    return (V)(__builtin_convertvector(h, VU) << 16);
+#endif
+  }
   INLINE V wide(const T* p) { return wide_bits(*reinterpret_cast<const VHUnaligned*>(p)); }
   INLINE V wide_part(const T* p, int64_t n) {
     VH h = {};
