@@ -46,12 +46,12 @@ VNNI = (*AVX512, "-mavx512vnni", "-mavx512bf16")
 AMX = (*VNNI, "-mamx-tile", "-mamx-int8")
 DOT = ("-march=armv8.2-a+dotprod",)
 # Portable sources, and groups of kernels (GROUP_isa.cc, entry point GROUP_ISA) with their instruction sets.
-PORTABLE = ("isa", "pool", "linear", "attention", "pointwise", "quant", "ops", "ops_attention", "ops_quant")
+PORTABLE = ("isa", "pool", "linear", "attention", "pointwise", "quantise", "quant", "ops", "ops_attention", "ops_quant")
 X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
 ARM = {"base": (), "dot": DOT}
 FLOATS = ("base", "avx2", "avx512")
 INTEGERS = ("base", "avx2", "avx512", "vnni", "amx", "dot")
-GROUPS = {"linear": FLOATS, "attention": FLOATS, "pointwise": FLOATS, "quant": INTEGERS}
+GROUPS = {"linear": FLOATS, "attention": FLOATS, "pointwise": FLOATS, "quantise": FLOATS, "quant": INTEGERS}
 
 NOTICE_SECONDS = 2.0  # a build that takes longer says so
 OBJECT_DAYS = 30  # objects nobody used for so long are removed from the cache

@@ -16,9 +16,9 @@ from research.qwen.errors import CheckpointError
 
 LANES = 16
 # The extreme value of a group is tried at these (negative) levels; beyond -8 it is clipped.
-EXTREMES = tuple(np.float32(7.0 + 0.25 * i) for i in range(16))
+EXTREMES = tuple(np.float32(7.0 + 0.5 * i) for i in range(8))
 # With zero points, the range of a group is tried at these fractions of its width.
-SHRINKS = tuple(np.float32(1.0 - 0.025 * i) for i in range(16))
+SHRINKS = tuple(np.float32(1.0 - 0.05 * i) for i in range(8))
 HALF_MAX = np.float32(65504)
 TINY = np.float32(1e-30)  # a row of int8 whose scale would be below this is zero
 
