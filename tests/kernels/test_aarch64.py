@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import platform
 import re
 import shutil
 import subprocess
+from inspect import getmembers, isfunction, signature
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from tests.kernels.aarch64.emulated import EmulatedLibrary
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 LIBRARY_TEST = re.compile(r"^def test_\w+\(native\b", re.MULTILINE)
+LEFT_OUT = {"test_calls_from_two_threads_at_once"}  # the emulated process takes one call at a time
 SYSROOT = "/usr/aarch64-linux-gnu"
 pytestmark = [
     pytest.mark.mindspore,  # left out of the fast run: it compiles for some seconds
@@ -74,8 +75,12 @@ def _tests_of_libraries():
         if path.samefile(__file__) or not LIBRARY_TEST.search(path.read_text(encoding="utf-8")):
             continue
         module = importlib.import_module(f"{__package__}.{path.stem}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("test_") and "native" in inspect.signature(function).parameters:
+        for name, function in getmembers(module, isfunction):
+            if (
+                name.startswith("test_")
+                and name not in LEFT_OUT
+                and "native" in signature(function).parameters
+            ):
                 yield f"{path.stem}_{name.removeprefix('test_')}", function
 
 
