@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
-from research.qwen.errors import CheckpointError, ConfigError
+from research.qwen.errors import CheckpointError, ConfigError, KernelError
 from research.qwen.model.matrices import Matrix, Packed, Plain, packed_matrix, plain_matrix
 from research.qwen.quant.gptq import GptqFormat
 from research.qwen.quant.schemes import Arrays, Quantiser, Scheme, quantize_rows
@@ -151,9 +151,16 @@ def quantised_source(
 
 
 def native_quantiser(backend: str, threads: int | None) -> Quantiser:
-    """The C++ quantiser on ``threads`` threads (None: as many as the backend would take); NumPy's where the kernels
-    cannot be built and ``backend`` does not need them."""
-    return quantize_rows
+    """The C++ quantiser on ``threads`` threads (None: as many as the kernels use then); NumPy's where the kernels
+    cannot be built and ``backend`` does not need them. KernelError if it does."""
+    from research.qwen.kernels.native_quantize import NativeQuantiser
+
+    try:
+        return NativeQuantiser(threads)
+    except KernelError:
+        if backend == "cpu":
+            raise
+        return quantize_rows
 
 
 def _stored(checkpoint: Checkpoint, config: QwenConfig) -> dict[str, Packed]:
