@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
@@ -32,6 +33,21 @@ TINY = QwenConfig(
     seq_length=24,
     max_position_embeddings=512,
 )
+
+SCHEMES = [
+    "int8",
+    "int4",
+    "int4-g64",
+    "int4-asym",
+    "int4-g64-asym",
+    "int8-g128",
+    "int8-g64",
+    "int8-g128-asym",
+    "int8-g64-asym",
+]
+FORMATS = SCHEMES + [f"{scheme}-order" for scheme in SCHEMES]
+# Several groups in every matrix, and a last one that is not full (192 = 128 + 64, 160 = 2 * 64 + 32).
+GROUPED = dataclasses.replace(TINY, hidden_size=192, kv_channels=48, intermediate_size=320)
 
 
 class RandomWeights:
@@ -100,6 +116,24 @@ def stored(folder: Path) -> tuple[QwenConfig, TensorSource]:
     return config, quantised_source(open_checkpoint(folder), config, Plan())
 
 
+def random_matrix(n, k, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.05, (n, k)).astype(np.float32)
+
+
+def loaded(kernels, arrays, fmt, n, k, bias=None) -> nn.Cell:
+    """The linear cell with its parameters set as the loader does it; every parameter is set, and nothing else."""
+    cell = kernels.linear(k, n, bias is not None, fmt)
+    tensors = kernels.quantised_parameters(arrays, fmt, n, k)
+    parameters = {name: p for name, p in cell.parameters_and_names() if name != "bias"}
+    assert set(tensors) == set(parameters)
+    for name, value in tensors.items():
+        assert value.dtype == parameters[name].dtype and value.ndim == parameters[name].ndim
+        parameters[name].set_data(value, slice_shape=True)
+    if bias is not None:
+        cell.bias.set_data(kernels.parameter(bias, "float32"), slice_shape=True)
+    return cell
+
+
 def linear_cosines(kernels, formats, n: int = 1024, k: int = 1000) -> dict[str, float]:
     """Cosine of the quantised product with the dequantised matrix's, per format; KernelError formats left out."""
     random = np.random.default_rng(0)
@@ -107,13 +141,10 @@ def linear_cosines(kernels, formats, n: int = 1024, k: int = 1000) -> dict[str, 
     cosines = {}
     for fmt in formats:
         try:
-            cell = kernels.linear(k, n, False, fmt)
+            arrays = packed(matrix, fmt)
+            cell = loaded(kernels, arrays, fmt, n, k)
         except KernelError:
             continue
-        arrays = packed(matrix, fmt)
-        parameters = dict(cell.parameters_and_names())
-        for name, tensor in kernels.quantised_parameters(arrays, fmt, n, k).items():
-            parameters[name].set_data(tensor, slice_shape=True)
         got = cell(Tensor(x, getattr(ms, kernels.activation_dtype))).asnumpy().astype(np.float64)
         want = x @ dequantize_packed(arrays, Scheme.parse(fmt.removesuffix("-order")), n, k).T.astype(
             np.float64

@@ -1,71 +1,31 @@
-"""Quantised matrices on ascend: what the operator gets, its graphs, and the model on its stand-in."""
+"""Quantised matrices on ascend: what the operator gets, what it does not take, and the model on its stand-in."""
 
 from __future__ import annotations
-
-import dataclasses
-import os
-import subprocess
-import sys
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
 from research.qwen.errors import CheckpointError, KernelError
 from research.qwen.kernels import ascend, ascend_quant
-from research.qwen.kernels.ascend_ops import mindspore_ops
 from research.qwen.quant.schemes import Codes, Scheme, dequantize_packed, pack
-from tests.kernels.ascend_frontend import front_end_only, operators, tensor
 from tests.kernels.ascend_models import (
-    MIXED,
-    PREFILL,
-    TINY,
+    FORMATS,
+    GROUPED,
     QuantWeights,
     ascend_runtime,
-    graph_inputs,
     linear_cosines,
+    loaded,
     packed,
+    random_matrix,
     reference_runtime,
     run_script,
 )
 from tests.kernels.ascend_standins import standins
 
 pytestmark = pytest.mark.mindspore
-SCHEMES = [
-    "int8",
-    "int4",
-    "int4-g64",
-    "int4-asym",
-    "int4-g64-asym",
-    "int8-g128",
-    "int8-g64",
-    "int8-g128-asym",
-    "int8-g64-asym",
-]
-FORMATS = SCHEMES + [f"{scheme}-order" for scheme in SCHEMES]
 SIZES = [(48, 256), (72, 200), (16, 64), (30, 160)]  # also padded rows and inputs, and a single group
-# Several groups in every matrix, and a last one that is not full (192 = 128 + 64, 160 = 2 * 64 + 32).
-CONFIG = dataclasses.replace(TINY, hidden_size=192, kv_channels=48, intermediate_size=320)
-LAYERS = CONFIG.num_layers
-
-
-def random_matrix(n, k, seed=0):
-    return np.random.default_rng(seed).normal(0, 0.05, (n, k)).astype(np.float32)
-
-
-def loaded(kernels, arrays, fmt, n, k, bias=None) -> nn.Cell:
-    """The linear cell with its parameters set as the loader does it; every parameter is set, and nothing else."""
-    cell = kernels.linear(k, n, bias is not None, fmt)
-    tensors = kernels.quantised_parameters(arrays, fmt, n, k)
-    parameters = {name: p for name, p in cell.parameters_and_names() if name != "bias"}
-    assert set(tensors) == set(parameters)
-    for name, value in tensors.items():
-        assert value.dtype == parameters[name].dtype and value.ndim == parameters[name].ndim
-        parameters[name].set_data(value, slice_shape=True)
-    if bias is not None:
-        cell.bias.set_data(kernels.parameter(bias, "float32"), slice_shape=True)
-    return cell
 
 
 @pytest.fixture
@@ -261,107 +221,6 @@ class TestWhatTheOperatorDoesNotTake:
             kernels.quantised_parameters(arrays, "float16", 48, 256)
 
 
-class TestFrontEnd:
-    """MindSpore's own operator: types, shapes, and which operators a graph holds."""
-
-    @pytest.fixture(autouse=True)
-    def only_the_front_end(self, monkeypatch, tmp_path):
-        front_end_only(monkeypatch, tmp_path)
-
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    @pytest.mark.parametrize("fmt", FORMATS)
-    def test_cell(self, fmt, dtype):
-        n, k = 48, 256
-        kernels = ascend.build(dtype, require_device=False)
-        kind = getattr(ms, dtype)
-        for bias in (None, np.zeros(n, np.float32)):
-            cell = loaded(kernels, packed(random_matrix(n, k), fmt), fmt, n, k, bias)
-            expected = {"WeightQuantBatchMatmul": 1}
-            expected |= {"Add": 1} if bias is not None else {}
-            expected |= {"Gather": 1} if fmt.endswith("-order") else {}
-            assert operators(cell, tensor((5, k), kind)) == expected  # static: the inner sizes are compared
-            cell.set_inputs(Tensor(shape=[None, k], dtype=kind))
-            assert operators(cell, tensor((5, k), kind)) == expected
-
-    @pytest.mark.parametrize("fmt", ["int8", "int4", "int8-g64-asym"])
-    def test_the_result_is_as_wide_as_the_matrix(self, fmt):
-        """An int4 weight has half as many columns as outputs: the front end knows."""
-        cell = loaded(
-            ascend.build("float16", require_device=False), packed(random_matrix(48, 256), fmt), fmt, 48, 256
-        )
-
-        class Net(nn.Cell):
-            def __init__(self):
-                super().__init__()
-                self.cell = cell
-
-            def construct(self, x, y):
-                return self.cell(x) + y
-
-        Net().compile(tensor((5, 256), ms.float16), tensor((5, 48), ms.float16))
-        with pytest.raises((ValueError, RuntimeError), match="shape|broadcast"):
-            Net().compile(tensor((5, 256), ms.float16), tensor((5, 24), ms.float16))
-
-    @pytest.mark.parametrize("key", ["prefill", "paged"])
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_whole_model(self, key, dtype):
-        source = QuantWeights(
-            CONFIG, {"c_attn.weight": "int4-asym-order", "w1.weight": "int8", "c_proj.weight": "int4-g64"}
-        )
-        runtime = ascend_runtime(CONFIG, dtype, source=source)
-        view = {"prefill": PREFILL, "paged": MIXED}[key]
-        runtime._select(key)
-        found = operators(runtime.model, *graph_inputs(runtime, view))
-        assert found["WeightQuantBatchMatmul"] == 4 * LAYERS
-        assert found["MatMul"] == LAYERS + 1  # w2, lm_head
-        assert found["Gather"] == LAYERS + 2  # the order of c_attn; embedding, output rows
-        assert found["Add"] == 3 * LAYERS
-
-    @pytest.mark.parametrize("fmt", SCHEMES)
-    def test_whole_model_in_one_format(self, fmt):
-        source = QuantWeights(CONFIG, {"lm_head.weight": "int8", "weight": fmt})
-        runtime = ascend_runtime(CONFIG, "float16", source=source)
-        for key, view in (("prefill", PREFILL), ("paged", MIXED)):
-            runtime._select(key)
-            found = operators(runtime.model, *graph_inputs(runtime, view))
-            assert found["WeightQuantBatchMatmul"] == 5 * LAYERS + 1 and "MatMul" not in found
-
-    def test_wrong_operands_are_refused(self):
-        """What the front end catches; a wrong number of scales is not among it."""
-        kernels = ascend.build("bfloat16", require_device=False)
-        n, k = 48, 256
-
-        def cell():
-            return loaded(kernels, packed(random_matrix(n, k), "int4-asym"), "int4-asym", n, k)
-
-        x = tensor((5, k), ms.bfloat16)
-        with pytest.raises(ValueError, match="WeightQuantBatchMatmul"):
-            cell().compile(tensor((5, k // 2), ms.bfloat16))
-        with pytest.raises(TypeError, match="f16/bf16"):
-            cell().compile(tensor((5, k), ms.float32))
-        for name, value in [
-            ("weight", Tensor(np.zeros((k, n // 2), np.uint8))),
-            ("scales", tensor((2, n), ms.float32)),
-            ("offsets", tensor((2, n), ms.float16)),
-        ]:
-            broken = cell()
-            setattr(broken, name, ms.Parameter(value, name=name, requires_grad=False))
-            with pytest.raises(TypeError, match="WeightQuantBatchMatmul"):
-                broken.compile(x)
-
-    def test_why_the_bias_is_added_outside(self):
-        """The kernel's description wants a float32 bias with bfloat16 inputs, the front end refuses it."""
-        matmul = mindspore_ops().WeightQuantBatchMatmul(False, True, 0)
-
-        class Net(nn.Cell):
-            def construct(self, x, weight, scale, bias):
-                return matmul(x, weight, scale, None, None, None, bias)
-
-        x, weight, scale = tensor((5, 64), ms.bfloat16), tensor((32, 64), ms.int8), tensor((32,), ms.bfloat16)
-        with pytest.raises(TypeError, match="must be same"):
-            Net().compile(x, weight, scale, tensor((32,), ms.float32))
-
-
 MIXES = {
     "int4": {"weight": "int4"},
     "int8": {"weight": "int8"},
@@ -380,7 +239,7 @@ MIXES = {
         "w1.weight": "int4-g64",
     },
 }
-IDS = {name: [(7 * i + 13 * n) % CONFIG.vocab_size for i in range(60)] for n, name in enumerate("ab")}
+IDS = {name: [(7 * i + 13 * n) % GROUPED.vocab_size for i in range(60)] for n, name in enumerate("ab")}
 SCRIPT = [[("a", 9), ("b", 30)], [("a", 1), ("b", 1)], [("b", 5), ("a", 1)]]
 
 
@@ -395,10 +254,10 @@ def test_the_check_for_a_device_runs_on_standins():
 @pytest.mark.parametrize("mix", MIXES)
 def test_whole_model_equals_reference(mix):
     """The Ascend model on stand-ins against ``reference`` with the dequantised matrices."""
-    source = QuantWeights(CONFIG, MIXES[mix])
+    source = QuantWeights(GROUPED, MIXES[mix])
     assert source.formats
-    ours = run_script(ascend_runtime(CONFIG, source=source), IDS, SCRIPT)
-    theirs = run_script(reference_runtime(CONFIG, source=source.plain()), IDS, SCRIPT)
+    ours = run_script(ascend_runtime(GROUPED, source=source), IDS, SCRIPT)
+    theirs = run_script(reference_runtime(GROUPED, source=source.plain()), IDS, SCRIPT)
     for got, want in zip(ours, theirs, strict=True):
         difference = np.abs(got - want).max()
         assert difference <= 3e-4 * max(1.0, np.abs(want).max()), difference
@@ -406,45 +265,11 @@ def test_whole_model_equals_reference(mix):
 
 @pytest.mark.parametrize("mix", ["int4", "GPTQ int4, act-order"])
 def test_whole_model_in_float16(mix):
-    source = QuantWeights(CONFIG, MIXES[mix])
-    runtime = ascend_runtime(CONFIG, "float16", standins("float16"), source)
+    source = QuantWeights(GROUPED, MIXES[mix])
+    runtime = ascend_runtime(GROUPED, "float16", standins("float16"), source)
     ours = run_script(runtime, IDS, SCRIPT)
-    theirs = run_script(reference_runtime(CONFIG, source=source.plain()), IDS, SCRIPT)
+    theirs = run_script(reference_runtime(GROUPED, source=source.plain()), IDS, SCRIPT)
     for got, want in zip(ours, theirs, strict=True):
         for row, judge in zip(got, want, strict=True):
             cosine = row @ judge / (np.linalg.norm(row) * np.linalg.norm(judge))
             assert cosine >= 0.9999, cosine
-
-
-RUN_FOR_REAL = """
-import mindspore as ms, numpy as np
-from research.qwen.kernels import ascend
-from tests.kernels.ascend_models import packed
-from tests.kernels.test_ascend_quant import loaded
-ms.set_context(mode=ms.GRAPH_MODE)
-kernels = ascend.build("float16", require_device=False)
-for fmt in ("int8", "int4-asym-order"):
-    arrays = packed(np.ones((48, 256), np.float32), fmt)
-    try:
-        loaded(kernels, arrays, fmt, 48, 256)(ms.Tensor(np.ones((3, 256), np.float16)))
-    except Exception as error:
-        print(fmt, " ".join(str(error).split()))
-"""
-
-
-def test_running_stops_at_kernel_selection(repository, tmp_path):
-    """A subprocess: MindSpore may not recover from a graph that failed behind the front end."""
-    env = {**os.environ, "PYTHONPATH": str(repository)}
-    env.pop("MS_DEV_PRECOMPILE_ONLY", None)
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_FOR_REAL],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = done.stdout.strip().splitlines()
-    assert [line.split()[0] for line in lines] == ["int8", "int4-asym-order"]
-    for line in lines:
-        assert "Unsupported op [WeightQuantBatchMatmul] on CPU" in line
