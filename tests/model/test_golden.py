@@ -20,7 +20,8 @@ REPEAT = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True, repet
 @pytest.fixture(scope="module", params=[(b, m) for b in BACKENDS for m in MODELS], ids="-".join)
 def case(request):
     backend, name = request.param
-    return name, Engine.from_pretrained(weights_folder(name), backend=backend, num_blocks=96), load(name)
+    engine = Engine.from_pretrained(weights_folder(name), backend=backend, kv_dtype="float32", num_blocks=96)
+    return name, engine, load(name)
 
 
 def prompts(golden):

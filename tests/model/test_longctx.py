@@ -20,7 +20,9 @@ BLOCKS = list(range(40))
 @pytest.fixture(scope="module", params=BACKENDS)
 def engines(request):
     """One engine a backend; the two switches live in the host-side tables, so they can be turned on one model."""
-    return Engine.from_pretrained(weights_folder("longctx"), backend=request.param, num_blocks=80)
+    return Engine.from_pretrained(
+        weights_folder("longctx"), backend=request.param, kv_dtype="float32", num_blocks=80
+    )
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: f"ntk{v[0]}-logn{v[1]}")
