@@ -1,6 +1,6 @@
-"""Speed of the cpu kernels beside a plain read of memory, MindSpore's MatMul and (if installed) torch; JSON on stdout.
+"""Speed of the cpu kernels (attention: bench_attention.py) beside a plain read of memory, MindSpore's MatMul and (if installed) torch; JSON on stdout.
 
-    python scripts/bench_kernels.py [--threads 2] [--seconds 1.0] [--only gemv|gemm|attention]
+    python scripts/bench_kernels.py [--threads 2] [--seconds 1.0] [--only gemv|gemm]
 
 Contenders of one case take turns, so that a busy machine slows all of them alike; the best and the median are given.
 """
@@ -125,34 +125,7 @@ def bench_gemm(native: NativeLibrary, threads: int, seconds: float) -> list[dict
     return report
 
 
-def bench_attention(native: NativeLibrary, threads: int, seconds: float) -> list[dict[str, Any]]:
-    """Paged attention of the 1.8B shape (16 heads of 128): decode and prefill, milliseconds a layer."""
-    heads, d, block = 16, 128, 16
-    rng = np.random.default_rng(2)
-    report = []
-    for batch, length, context in ((1, 1, 512), (1, 1, 4096), (8, 1, 512), (1, 128, 128), (1, 512, 2048)):
-        each, tokens = -(-context // block), batch * length
-        tables = rng.permutation(batch * each).astype(np.int32).reshape(batch, each)
-        position = np.arange(context - length, context)
-        cache = rng.standard_normal((2, batch * each, block, heads, d), dtype=np.float32)
-        inputs = [
-            rng.standard_normal((tokens, 3 * heads * d), dtype=np.float32),
-            *rng.standard_normal((2, tokens, d // 2), dtype=np.float32),
-            np.ones(tokens, np.float32),
-            (tables[:, position // block] * block + position % block).reshape(-1).astype(np.int32),
-            tables,
-            np.full(batch, length, np.int32),
-            np.full(batch, context, np.int32),
-            *cache,
-        ]
-        run = native.bind("QwenAttention", inputs, np.empty((tokens, heads * d), np.float32))
-        spent = race({"ours": run}, seconds)["ours"]
-        case = {"sequences": batch, "new_tokens": length, "context": context}
-        report.append({**case, "milliseconds": {key: round(t * 1e3, 3) for key, t in spent.items()}})
-    return report
-
-
-BENCHES = {"gemv": bench_gemv, "gemm": bench_gemm, "attention": bench_attention}
+BENCHES = {"gemv": bench_gemv, "gemm": bench_gemm}
 
 
 def build_parser() -> argparse.ArgumentParser:
