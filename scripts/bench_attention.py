@@ -2,10 +2,9 @@
 
     python scripts/bench_attention.py [--threads 2] [--rounds 7] [--only decode|prefill] [--context 4096]
 
-Decode: one new token of the 1.8B shape (16 heads of 128) in each of several layers, so that no layer finds its cache in
-the processor; GB/s of keys and values read, and the same run's plain read. Prefill: GFLOP/s of the two products (causal,
-so half of the square) beside the peak of fused multiply-adds measured in the same run. Contenders take turns; best and
-median are given.
+Decode: one new token of the 1.8B shape (16 heads of 128) in each of several layers, so that no layer finds its cache
+in the processor; GB/s of keys and values read, and the same run's plain read. Prefill: GFLOP/s of the two products
+(causal, so half of the square). Contenders take turns; best and median are given.
 """
 
 from __future__ import annotations

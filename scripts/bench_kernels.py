@@ -1,4 +1,4 @@
-"""Speed of the cpu kernels (attention: bench_attention.py) beside a plain read of memory, MindSpore's MatMul and (if installed) torch; JSON on stdout.
+"""Speed of the cpu kernels beside a plain read of memory, MindSpore's MatMul and (if installed) torch; JSON on stdout.
 
     python scripts/bench_kernels.py [--threads 2] [--seconds 1.0] [--only gemv|gemm]
 
