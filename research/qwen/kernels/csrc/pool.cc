@@ -36,37 +36,74 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
+// What one thread still has to do: pieces [next, end). It takes them from the front, so that it walks one contiguous
+// stretch of memory; a thread that has none left takes the back half of another's.
+struct alignas(64) Span {
+  std::atomic<uint64_t> bits{0};  // end in the upper half
+
+  static uint64_t pack(uint64_t next, uint64_t end) { return end << 32 | next; }
+
+  bool take(int64_t* piece) {
+    uint64_t now = bits.load(std::memory_order_relaxed);
+    while (uint32_t(now) < now >> 32)
+      if (bits.compare_exchange_weak(now, now + 1, std::memory_order_relaxed)) {
+        *piece = uint32_t(now);
+        return true;
+      }
+    return false;
+  }
+
+  // Moves half of the victim's pieces into this span, which is empty.
+  bool steal(Span& victim) {
+    uint64_t now = victim.bits.load(std::memory_order_relaxed);
+    while (uint32_t(now) < now >> 32) {
+      const uint64_t next = uint32_t(now), end = now >> 32, middle = next + (end - next) / 2;
+      if (victim.bits.compare_exchange_weak(now, pack(next, middle), std::memory_order_relaxed)) {
+        bits.store(pack(middle, end), std::memory_order_relaxed);
+        return true;
+      }
+    }
+    return false;
+  }
+};
+
 // Deliberately never destroyed: workers may still sleep in it when the process ends.
 struct Pool {
   static constexpr uint32_t kOpen = 1u << 31;
+  static constexpr int kMost = 1024;  // threads
 
   std::mutex turn;                 // one job at a time
   std::mutex door;                 // guards sleeping
   std::condition_variable bell;
   std::atomic<uint64_t> round{0};  // grows with every job
   std::atomic<uint32_t> crew{0};   // kOpen while workers may join, plus the number of those inside
-  std::atomic<int64_t> next{0};
   int64_t count = 0, piece = 1;
   Job job = nullptr;
   void* context = nullptr;
-  int sleepers = 0, started = 0;
+  int sleepers = 0, started = 0, shares = 1;
   std::atomic<int> wanted{1};
+  Span* spans = nullptr;           // of `shares` threads
   Buffer shared;
 
-  void work() {
+  void work(int self) {
     for (;;) {
-      const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
-      if (begin >= count) return;
-      job(context, begin, begin + piece < count ? begin + piece : count);
+      int64_t i;
+      while (spans[self].take(&i)) {
+        const int64_t begin = i * piece;
+        job(context, begin, begin + piece < count ? begin + piece : count);
+      }
+      int tried = 1;
+      while (tried < shares && !spans[self].steal(spans[(self + tried) % shares])) ++tried;
+      if (tried >= shares) return;
     }
   }
 
   // A worker that wakes up too late finds the crew closed; the caller never waits for one that did not join.
-  void join() {
+  void join(int self) {
     uint32_t now = crew.load(std::memory_order_acquire);
     while (now & kOpen) {
       if (!crew.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) continue;
-      work();
+      if (self < shares) work(self);
       crew.fetch_sub(1, std::memory_order_release);
       return;
     }
@@ -90,24 +127,29 @@ struct Pool {
   void loop(int index, uint64_t seen) {
     for (;;) {
       seen = await(seen);
-      if (index < wanted.load(std::memory_order_relaxed)) join();
+      if (index < wanted.load(std::memory_order_relaxed)) join(index);
     }
   }
 
   void run(int64_t n, int64_t p, Job j, void* c) {
-    while (started < wanted - 1) {
+    if (!spans) spans = new Span[kMost];
+    shares = wanted;
+    while (started < shares - 1) {
       ++started;
       std::thread(&Pool::loop, this, started, round.load()).detach();
     }
     count = n, piece = p, job = j, context = c;
-    next.store(0, std::memory_order_relaxed);
+    while ((count + piece - 1) / piece > 0xffffffffll) piece *= 2;
+    const uint64_t pieces = (count + piece - 1) / piece;
+    for (uint64_t i = 0; i < uint64_t(shares); ++i)
+      spans[i].bits.store(Span::pack(pieces * i / shares, pieces * (i + 1) / shares), std::memory_order_relaxed);
     crew.store(kOpen, std::memory_order_release);
     {
       std::lock_guard<std::mutex> lock(door);
       round.fetch_add(1, std::memory_order_release);
       if (sleepers) bell.notify_all();
     }
-    work();
+    work(0);
     crew.fetch_and(~kOpen, std::memory_order_acq_rel);
     for (int i = 0; crew.load(std::memory_order_acquire); ++i) {
       relax();
@@ -125,7 +167,7 @@ Pool& pool() {
 
 void set_threads(int count) {
   std::lock_guard<std::mutex> lock(pool().turn);
-  pool().wanted = count < 1 ? 1 : (count > 1024 ? 1024 : count);
+  pool().wanted = count < 1 ? 1 : (count > Pool::kMost ? Pool::kMost : count);
 }
 
 int threads() { return pool().wanted; }

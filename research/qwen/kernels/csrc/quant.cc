@@ -77,7 +77,7 @@ bool good(const QuantWeight& w) {
 
 // Blocks of 16 columns in a piece of work.
 int64_t piece_of(const QuantCall& a) {
-  const int64_t blocks = (a.w.n + 15) / 16, share = blocks / (8 * threads());
+  const int64_t blocks = (a.w.n + 15) / 16, share = blocks / (32 * threads());
   return share < 1 ? 1 : share;
 }
 

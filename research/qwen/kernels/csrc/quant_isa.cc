@@ -16,7 +16,13 @@ constexpr int kTileRows = 8;  // rows of x that share one walk over 16 columns
 #else
 constexpr int kTileRows = 4;
 #endif
-constexpr int64_t kAhead = 2048;  // bytes of codes fetched ahead
+// Codes are fetched far ahead into the second cache (the first has too few lines on the way at a time to keep memory
+// busy), and from there a little ahead into the first.
+constexpr int64_t kFar = 8192, kNear = 512, kFarScales = 512;  // bytes
+INLINE void fetch_ahead(const uint8_t* codes) {
+  __builtin_prefetch(codes + kFar, 0, 2);
+  __builtin_prefetch(codes + kNear, 0, 3);
+}
 
 INLINE V as_float(VI v) { return __builtin_convertvector(v, V); }
 INLINE VI bytes_wide(const uint8_t* p) {
@@ -94,7 +100,7 @@ INLINE void block_dot(const uint8_t* codes, const int8_t* q, int64_t stride, int
     for (int u = 0; u < 4; ++u) {
       const uint8_t* from = codes + (i / kInputs + u) * 64;
       const int8_t* x = q + i + u * kInputs;
-      __builtin_prefetch(from + kAhead);
+      fetch_ahead(from);
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
         const VB v = load_codes(from + p * 4 * kLanes);
@@ -129,6 +135,7 @@ INLINE void product(const QuantInput& x, const QuantWeight& w, int64_t r0, int64
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < kParts; ++p) acc[r][p] = V{};
   for (int64_t g = 0; g < x.blocks; ++g) {
+    if (w.group) __builtin_prefetch(c.scales + g * 32 + kFarScales, 0, 2);
     VI dot[R][kParts];
     block_dot<BITS, R>(c.codes + g * bytes, x.q + r0 * x.k_padded + g * block, x.k_padded, block, dot);
     for (int p = 0; p < kParts; ++p) {
@@ -218,7 +225,7 @@ static void exact_tile(const QuantCall& a, int64_t r0, int64_t b) {
     for (int64_t i = 0; i < block; i += kInputs) {
       const uint8_t* from = c.codes + g * bytes + i / kInputs * 64;
       const float* x = a.rows_f + r0 * stride + g * block + i;
-      __builtin_prefetch(from + kAhead);
+      fetch_ahead(from);
 #pragma GCC unroll 8
       for (int p = 0; p < kParts; ++p) {
         const VB v = load_codes(from + p * 4 * kLanes);
