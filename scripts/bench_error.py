@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if dtype.startswith("int4"):
             truth = logits(args, folder, dtype=dtype, activations="float32", kv_dtype="float32")
         got = logits(args, folder, dtype=dtype, kv_dtype=args.kv)
-        figures[dtype] = {"cosine_min": cosine(got, truth), "max_abs": float(np.abs(got - truth).max())}
+        figures[dtype] = {**cosines(got, truth), "max_abs": float(np.abs(got - truth).max())}
         print(f"{dtype}: {figures[dtype]}", file=sys.stderr)
     return {"model": folder.name, "tokens": args.tokens, "kv": args.kv, "formats": figures}
 
@@ -89,10 +89,14 @@ def logits(args: argparse.Namespace, folder: Path, **options: Any) -> NDArray[np
     return engine.logits(ids)
 
 
-def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """The least of all rows."""
+def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> dict[str, float]:
+    """Of all logits together, and the least of all rows."""
     x, y = a.astype(np.float64), b.astype(np.float64)
-    return float(((x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))).min())
+    dots, squares = (x * y).sum(-1), ((x * x).sum(-1), (y * y).sum(-1))
+    return {
+        "cosine": float(dots.sum() / np.sqrt(squares[0].sum() * squares[1].sum())),
+        "cosine_of_worst_row": float((dots / np.sqrt(squares[0] * squares[1])).min()),
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from research.qwen.decode.params import SamplingParams
 from research.qwen.engine import Engine
-from research.qwen.errors import KernelError, PromptError, RequestError
+from research.qwen.errors import ConfigError, KernelError, PromptError, RequestError
 from tests.fixtures_util import model_folder
 from tests.model.golden import load
 
@@ -21,7 +21,11 @@ SEEDED = SamplingParams(temperature=1.3, top_p=0.95, seed=7, max_new_tokens=12, 
 @pytest.fixture(scope="module", params=["reference", "cpu"])
 def engine(request, published_vocab):
     return Engine.from_pretrained(
-        model_folder("full_vocab_bf16"), backend=request.param, vocab_file=published_vocab, num_blocks=64
+        model_folder("full_vocab_bf16"),
+        backend=request.param,
+        dtype="float32",
+        vocab_file=published_vocab,
+        num_blocks=64,
     )
 
 
@@ -232,8 +236,10 @@ def test_unknown_device_backend_dtype():
         Engine.from_pretrained(folder, device="tpu")
     with pytest.raises(KernelError, match="unknown backend 'cuda'"):
         Engine.from_pretrained(folder, backend="cuda")
-    with pytest.raises(KernelError, match="float32, not 'int3'"):
+    with pytest.raises(ConfigError, match="'int3' is none of float32"):
         Engine.from_pretrained(folder, dtype="int3")
+    with pytest.raises(KernelError, match="KV cache"):
+        Engine.from_pretrained(folder, kv_dtype="int4")
     with pytest.raises(KernelError, match="no Ascend"):
         Engine.from_pretrained(folder, device="ascend", dtype="float16")
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from research.qwen.errors import ConfigError, KernelError
 from research.qwen.model.quantise import Plan
-from research.qwen.quant.schemes import Scheme
 
 FLOATS = ("float32", "bfloat16", "float16")
 CACHE_FORMATS = {
@@ -36,12 +35,7 @@ class Precision:
     activations: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("dtype", self.dtype), ("lm_head", self.lm_head), ("embedding", self.embedding)):
-            if value is not None and value not in FLOATS:
-                try:
-                    Scheme.parse(value)
-                except ConfigError as error:
-                    raise ConfigError(f"{name}: unknown format {value!r}: {', '.join(FLOATS)}, or {error}") from None
+        Plan(self.dtype, self.lm_head, self.embedding)  # checks the formats
         if self.activations not in (None, "int8", "float32"):
             raise ConfigError(f"activations must be int8 or float32, got {self.activations!r}")
 
