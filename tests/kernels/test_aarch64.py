@@ -7,8 +7,9 @@ import platform
 import re
 import shutil
 import subprocess
-from inspect import getmembers, isfunction, signature
+from inspect import signature
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 LIBRARY_TEST = re.compile(r"^def test_\w+\(native\b", re.MULTILINE)
 LEFT_OUT = {"test_calls_from_two_threads_at_once"}  # the emulated process takes one call at a time
+FEWER = {"test_long_contexts": ("threads", [1, 3])}  # takes a second or more each time
+ISAS = sorted(build.ARM)
+FIXTURE = type(pytest.fixture(lambda: None))
 SYSROOT = "/usr/aarch64-linux-gnu"
 pytestmark = [
     pytest.mark.mindspore,  # left out of the fast run: it compiles for some seconds
@@ -48,7 +52,12 @@ def start(built, isa="", cpu="max"):
     return EmulatedLibrary([EMULATOR, "-L", SYSROOT, "-cpu", cpu, str(driver)], library, isa)
 
 
-@pytest.fixture(scope="module", params=sorted(build.ARM))
+def on(isas):
+    """Mark of a test or class: with the library on these instruction sets."""
+    return pytest.mark.parametrize("native", isas, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def native(request, built):
     library = start(built, request.param)
     assert library.isa == request.param
@@ -69,22 +78,42 @@ def test_the_processor_decides(built, processor, isa):
     library.close()
 
 
-def _tests_of_libraries():
-    """The tests beside this file that need nothing but a library, random numbers and their own parameters."""
+def _fewer(function):
+    """The same test with the values that FEWER gives for a parameter."""
+    if function.__name__ not in FEWER:
+        return function
+    parameter = FEWER[function.__name__]
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.pytestmark = [
+        pytest.mark.parametrize(*parameter).mark if mark.args[0] == parameter[0] else mark
+        for mark in function.pytestmark
+    ]
+    return copy
+
+
+def _classes():
+    """A class for each file beside this one with tests of a library, and the fixtures of these files."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         if path.samefile(__file__) or not LIBRARY_TEST.search(path.read_text(encoding="utf-8")):
             continue
-        module = importlib.import_module(f"{__package__}.{path.stem}")
-        for name, function in getmembers(module, isfunction):
-            if (
-                name.startswith("test_")
-                and name not in LEFT_OUT
-                and "native" in signature(function).parameters
+        members = {}
+        for name, value in vars(importlib.import_module(f"{__package__}.{path.stem}")).items():
+            if isinstance(value, FIXTURE) and name not in ("native", "rng"):
+                assert name not in globals(), f"{path}: a fixture of another file has this name, too: {name}"
+                yield name, value
+            elif (
+                name.startswith("test_") and name not in LEFT_OUT and "native" in signature(value).parameters
             ):
-                yield f"{path.stem}_{name.removeprefix('test_')}", function
+                members[name] = staticmethod(_fewer(value))
+        name = "".join(word.capitalize() for word in path.stem.split("_"))
+        yield name, on(ISAS if path.stem == "test_quant_kernels" else ("base",))(type(name, (), members))
 
 
-globals().update(_tests_of_libraries())
+globals().update(_classes())
+
+
+def test_what_is_run_on_one_instruction_set_has_no_other():
+    assert [group for group, isas in build.GROUPS.items() if "dot" in isas] == ["quant"]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +126,7 @@ def here():
     return library
 
 
+@on(ISAS)
 @pytest.mark.parametrize("text", quant_cases.SCHEMES)
 def test_integer_weights_give_the_bits_of_this_machine(native, here, rng, text):
     one, two = (quant_cases.matrix(rng, text, 75, 330) for _ in range(2))
