@@ -275,9 +275,9 @@ INLINE Groups<F> groups_at(const AttentionArgs& a, const AttentionTask& t, int64
   return found;
 }
 
-// Scores of kDirect groups of keys from group g on; the same groups of the next block are fetched.
+// Scores of kDirect groups of keys from group g on; their values are fetched meanwhile, which lie in runs as long.
 template <class F>
-INLINE void score_one(const Groups<F>& now, const Groups<F>& next, int g, const float* query, int64_t d, float* scores) {
+INLINE void score_one(const Groups<F>& now, int g, const float* query, int64_t d, float* scores) {
   constexpr int64_t kLine = 64 / (kGroup * static_cast<int64_t>(sizeof(typename F::T)));  // dimensions in a cache line
   V sum[kDirect][kInGroup] = {};
   const auto step = [&](int64_t i) {
@@ -291,7 +291,7 @@ INLINE void score_one(const Groups<F>& now, const Groups<F>& next, int g, const 
   int64_t i = 0;
   for (; i + kLine <= d; i += kLine) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kDirect; ++n) fetch(next.keys[g + n] + i * kGroup);
+    for (int n = 0; n < kDirect; ++n) fetch(now.values[g + n] + i * kGroup);
 #pragma GCC unroll 8
     for (int64_t n = 0; n < kLine; ++n) step(i + n);
   }
@@ -302,18 +302,19 @@ INLINE void score_one(const Groups<F>& now, const Groups<F>& next, int g, const 
     for (int v = 0; v < kInGroup; ++v) store(scores + (g + n) * kGroup + v * kLanes, sum[n][v]);
 }
 
-// sum[i ..] = sum * factor + weights x values for G vectors of dimensions, keys in order.
+// sum[i ..] = sum * factor + weights x values for G vectors of dimensions, keys in order. As many bytes of the next
+// block's keys are fetched meanwhile, from all its groups in turn: several streams are read faster than one.
 template <class F, int G>
 INLINE void mix_one(const Groups<F>& now, const Groups<F>& next, const float* weights, int64_t keys, int64_t d, int64_t i,
                     float factor, float* out) {
-  constexpr int64_t kBytes = G * kLanes * static_cast<int64_t>(sizeof(typename F::T));
+  constexpr int64_t kSize = sizeof(typename F::T), kLines = G * kLanes * kSize / 64;
   V sum[G];
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g) sum[g] = load(out + i + g * kLanes) * splat(factor);
   for (int64_t j = 0; j < keys; ++j) {
     const auto* value = now.values[j / kGroup] + j % kGroup * d + i;
-    const auto* ahead = next.values[j / kGroup] + j % kGroup * d + i;
-    for (int64_t n = 0; n < kBytes; n += 64) fetch(reinterpret_cast<const char*>(ahead) + n);
+    for (int64_t n = i * kSize + j * kLines; n < i * kSize + (j + 1) * kLines; ++n)
+      fetch(reinterpret_cast<const char*>(next.keys[n % kBlockGroups]) + n / kBlockGroups * 64);
     const V x = splat(weights[j]);
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g)
@@ -332,7 +333,7 @@ static void part_one(const AttentionArgs& a, const AttentionTask& t, const Scrat
     const Groups<F> next = groups_at<F>(a, t, first + kKeyBlock);
     const int64_t seen = smaller(t.position + 1 - first, kKeyBlock);
     for (int g = 0; g < kBlockGroups && g * kGroup < seen; g += kDirect)
-      score_one<F>(now, next, g, s.query, a.d, s.scores);
+      score_one<F>(now, g, s.query, a.d, s.scores);
     if constexpr (kScaled<F>)
       for (int64_t g = 0; g < kBlockGroups; ++g) {
         std::memcpy(s.key_scale + g * kGroup, a.key_scales + now.scales[g], kGroup * sizeof(float));
@@ -344,6 +345,7 @@ static void part_one(const AttentionArgs& a, const AttentionTask& t, const Scrat
     *s.peak = peak;
     int64_t i = 0;
     for (; i + 8 * kLanes <= a.d; i += 8 * kLanes) mix_one<F, 8>(now, next, s.scores, seen, a.d, i, factor, s.sum);
+    for (; i + 2 * kLanes <= a.d; i += 2 * kLanes) mix_one<F, 2>(now, next, s.scores, seen, a.d, i, factor, s.sum);
     for (; i < a.d; i += kLanes) mix_one<F, 1>(now, next, s.scores, seen, a.d, i, factor, s.sum);
     now = next;
   }
