@@ -46,7 +46,9 @@ VNNI = (*AVX512, "-mavx512vnni", "-mavx512bf16")
 AMX = (*VNNI, "-mamx-tile", "-mamx-int8")
 DOT = ("-march=armv8.2-a+dotprod",)
 # Portable sources, and groups of kernels (GROUP_isa.cc, entry point GROUP_ISA) with their instruction sets.
-PORTABLE = ("isa", "pool", "linear", "attention", "pointwise", "quantise", "quant", "ops", "ops_attention", "ops_quant")
+PORTABLE = tuple(
+    "isa pool linear attention pointwise quantise quant layer ops ops_attention ops_quant ops_layer".split()
+)
 X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
 ARM = {"base": (), "dot": DOT}
 FLOATS = ("base", "avx2", "avx512")
