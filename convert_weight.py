@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from research.qwen.weights.command import main  # noqa: E402
+from research.qwen.cli.convert import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk to a chat model in the terminal (without a model: the embedded demo)",
     "generate": "complete prompts from the command line, a file or standard input",
     "convert": "convert weights: Hugging Face to MindSpore and back, export as Qwen2",
+    "quantize": "write a checkpoint with int8 or int4 weights, so that later starts only map it",
     "info": "show what a checkpoint is, and what this machine can run it on",
 }
 

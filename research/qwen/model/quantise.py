@@ -6,7 +6,7 @@ and the official Int4 and Int8 ones in AutoGPTQ's layout. Imports no MindSpore.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,14 @@ class Source:
     [, ``X.order``] in the layout of quant.schemes.
 
     ``formats`` is matrix -> format for those that are quantised. The arrays of a matrix are made together when the
-    first of them is read, and each is handed out once: reading one again makes them again.
+    first of them is read, and each is handed out once: reading one again makes them again. ``zero_biases`` are tensors
+    of AutoGPTQ that the model does not have.
     """
 
-    def __init__(self, checkpoint: Checkpoint, built: Mapping[str, Matrix], vectors: list[str]) -> None:
-        self.checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, built: Mapping[str, Matrix], vectors: list[str], zero_biases: list[str]
+    ) -> None:
+        self.checkpoint, self.zero_biases = checkpoint, zero_biases
         self._built, self._vectors = dict(built), vectors
         self._owner = {f"{name}.{part}": name for name, one in built.items() for part in one.parts}
         self._ready: dict[str, Arrays] = {}
@@ -120,6 +123,13 @@ class Source:
             del self._ready[owner]
         return array
 
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """The array's numbers in C order; in blocks of some MB, not mapped, where they are used as stored."""
+        owner = self._owner.get(name)
+        if owner is None or not self._built[owner].work:
+            return self.checkpoint.blocks(name)
+        return iter([self.read(name).reshape(-1)])
+
 
 def quantised_source(
     checkpoint: Checkpoint,
@@ -147,7 +157,7 @@ def quantised_source(
             built[name] = plain_matrix(Plain(checkpoint, name, n, k), wanted, quantiser)
     if progress:
         _watch(built)
-    return Source(checkpoint, built, checked.vectors())
+    return Source(checkpoint, built, checked.vectors(), checked.zero_biases)
 
 
 def native_quantiser(backend: str, threads: int | None) -> Quantiser:
@@ -209,11 +219,14 @@ class _Logical:
         known = {f"{name}.weight" for name in stored}
         wanted = set(expected(config))
         self._names = [f"{name}.weight" for name in stored]
+        self.zero_biases: list[str] = []
         for name in checkpoint.names():
             if name in hidden or name in known:
                 continue
             if name not in wanted and name.endswith(".bias") and name.removesuffix(".bias") in stored:
-                self._refuse_bias(name)
+                if np.any(checkpoint.read(name)):  # AutoGPTQ gives every module a bias
+                    raise CheckpointError(f"{name} is not zero, but this model family has no bias there")
+                self.zero_biases.append(name)
                 continue
             self._names.append(name)
 
@@ -235,11 +248,6 @@ class _Logical:
     def dtype(self, name: str) -> str:
         found = name.removesuffix(".weight") in self._stored and name.endswith(".weight")
         return "float16" if found else self._checkpoint.dtype(name)
-
-    def _refuse_bias(self, name: str) -> None:
-        """AutoGPTQ gives every module a bias; those the model does not have are zero."""
-        if np.any(self._checkpoint.read(name)):
-            raise CheckpointError(f"{name} is not zero, but this model family has no bias there")
 
 
 def _watch(built: Mapping[str, Matrix]) -> None:

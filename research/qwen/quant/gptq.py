@@ -92,7 +92,10 @@ def from_gptq(
 
 
 def to_gptq(arrays: Mapping[str, NDArray[Any]], scheme: Scheme, n: int, k: int) -> Arrays:
-    """The arrays SUFFIXES of a module, the same bits that from_gptq was given."""
+    """The arrays SUFFIXES of a module, the same bits that from_gptq was given.
+
+    CheckpointError for a scheme that the layout does not have: no groups, or a zero point of 0.
+    """
     check_packed(arrays, scheme, n, k)
     GptqFormat(scheme.bits, scheme.group).shapes(n, k)
     if not scheme.group:
@@ -109,6 +112,10 @@ def to_gptq(arrays: Mapping[str, NDArray[Any]], scheme: Scheme, n: int, k: int) 
     points = np.full((groups, n), scheme.middle, np.uint8)
     if scheme.zeros:
         points = _rows(arrays["zeros"], n)
+        if not points.all():
+            raise CheckpointError(
+                "a zero point of 0 has no place in AutoGPTQ's layout, which stores it less one"
+            )
     less_one = (points.astype(np.int16) - 1).astype(np.uint8) & np.uint8(scheme.top)
     qzeros = np.ascontiguousarray(_to_words(np.ascontiguousarray(less_one.T), scheme.bits).T)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from research.qwen.errors import QwenError
 from research.qwen.weights.convert import (
@@ -57,14 +57,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 an error told in one line, 130 interrupted."""
+# Takes over where the checkpoint to read is quantised, else returns None: (arguments, bar, largest shard) -> summary.
+Quantised = Callable[[argparse.Namespace, ProgressBar, int], Summary | None]
+
+
+def main(argv: Sequence[str] | None = None, quantised: Quantised | None = None) -> int:
+    """Run the command line; 0 done, 2 an error told in one line, 130 interrupted. Without ``quantised``, quantised
+    checkpoints are refused."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    return report(lambda: _run(parser, args, tqdm_bar(args.verbose, args.quiet), quantised), args.quiet)
+
+
+def report(action: Callable[[], Summary], quiet: bool) -> int:
+    """Run an action that writes files, and say what it wrote or why not; the exit code."""
     start = time.monotonic()
     try:
         with cleanup_on_sigterm():
-            summary = _run(parser, args, _tqdm_bar(args.verbose, args.quiet))
+            summary = action()
     except QwenError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -73,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if not args.quiet:
+    if not quiet:
         print(
             f"wrote {summary.path}: {summary.tensors} tensors, {size_text(summary.nbytes)}, "
             f"{', '.join(summary.dtypes)}, {time.monotonic() - start:.1f} s"
@@ -81,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, bar: ProgressBar) -> Summary:
+def _run(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, bar: ProgressBar, quantised: Quantised | None
+) -> Summary:
     needed = ("torch_ckpt_dir", "output") if args.export else ("torch_ckpt_dir", "mindspore_ckpt_path")
     missing = [f"--{name}" for name in needed if not getattr(args, name)]
     if missing:
@@ -91,6 +103,9 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, bar: Progres
     shard = parse_size(args.max_shard_size)
     if args.export:
         return export_qwen2(args.torch_ckpt_dir, args.output, args.dtype, args.force, bar, shard)
+    done = quantised(args, bar, shard) if quantised is not None else None
+    if done is not None:
+        return done
     if args.reverse:
         return reverse(
             args.mindspore_ckpt_path, args.torch_ckpt_dir, args.dtype, args.force, bar, shard, args.config
@@ -98,7 +113,8 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, bar: Progres
     return convert(args.torch_ckpt_dir, args.mindspore_ckpt_path, args.dtype, args.force, bar)
 
 
-def _tqdm_bar(verbose: bool, quiet: bool) -> ProgressBar:
+def tqdm_bar(verbose: bool, quiet: bool, label: str = "converting", delay: float = 0) -> ProgressBar:
+    """A bar on standard error, from ``delay`` seconds on; with ``verbose`` also where that is no terminal."""
     if quiet or not (verbose or sys.stderr.isatty()):
         return silent
 
@@ -107,7 +123,7 @@ def _tqdm_bar(verbose: bool, quiet: bool) -> ProgressBar:
             from tqdm import tqdm
         except ImportError:
             return silent(total)
-        shown = tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr)
+        shown = tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr, delay=delay)
 
         def progress(count: int) -> None:
             shown.update(count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,7 +84,7 @@ def convert(
             output.write_bytes(name, data)
         output.write_text(yaml, companions.predict_yaml(checkpoint.folder, config, path.name))
         progress = bar(sum(tensor.nbytes for tensor in tensors))
-        output.write(path.name, _filler(path.suffix, tensors, progress))
+        output.write(path.name, filler(path.suffix, tensors, progress))
     return summarise(path, tensors)
 
 
@@ -137,7 +137,7 @@ def write_shards(
     progress = bar(total)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names if len(shards) > 1 else ["model.safetensors"], shards, strict=True):
-        output.write(name, _filler(".safetensors", shard, progress, "pt"))
+        output.write(name, filler(".safetensors", shard, progress, "pt"))
     if len(shards) > 1:
         where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -212,14 +212,20 @@ def _blocks(checkpoint: Checkpoint, name: str, dtype: str | None) -> Callable[[]
     return run
 
 
-def _filler(
-    suffix: str, tensors: Sequence[OutputTensor], progress: Progress, framework: str = "ms"
+def filler(
+    suffix: str,
+    tensors: Sequence[OutputTensor],
+    progress: Progress,
+    framework: str = "ms",
+    metadata: Mapping[str, str] | None = None,
 ) -> Callable[[BinaryIO], None]:
+    """What OutputSet.write needs for a .ckpt or .safetensors file; ``metadata`` goes into the latter's header."""
+
     def fill(stream: BinaryIO) -> None:
         if suffix == ".ckpt":
             write_ckpt(stream, tensors, progress)
         else:
-            write_safetensors(stream, tensors, {"format": framework}, progress)
+            write_safetensors(stream, tensors, {"format": framework, **(metadata or {})}, progress)
 
     return fill
 

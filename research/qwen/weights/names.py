@@ -167,8 +167,8 @@ def check(checkpoint: TensorList, config: QwenConfig) -> None:
     quantised = [name for name in have if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))]
     if quantised:
         raise CheckpointError(
-            f"the checkpoint is quantised (GPTQ: {quantised[0]}, {len(quantised)} such tensors); "
-            "use the unquantised one"
+            f"the checkpoint is quantised (GPTQ or ours: {quantised[0]}, {len(quantised)} such tensors); this needs "
+            "the unquantised one"
         )
     problems = []
     missing = [name for name in want if name not in set(have)]
