@@ -17,7 +17,8 @@ import pytest
 from research.qwen.kernels import build
 from research.qwen.kernels.native import NativeLibrary
 from tests.kernels import quant_cases
-from tests.kernels.aarch64.emulated import EmulatedLibrary
+from tests.kernels.aarch64.emulated import EmulatedLibrary, EmulatedQuantiser
+from tests.quant import test_native
 
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
@@ -139,3 +140,16 @@ def test_integer_weights_give_the_bits_of_this_machine(native, here, rng, text):
                 np.testing.assert_array_equal(got, wanted, err_msg=f"{name}, {rows} rows")
         got, wanted = (quant_cases.gated(library, x / 100, one, two) for library in (native, here))
         np.testing.assert_array_equal(got, wanted, err_msg=f"gated, {rows} rows")
+
+
+@on(("base",))
+@pytest.mark.parametrize("kind", ["plain", "positive"])
+@pytest.mark.parametrize("text", test_native.TEXTS)
+def test_quantiser(native, text, kind):
+    test_native.test_the_same_bits(EmulatedQuantiser(native), text, kind)
+
+
+@on(("base",))
+@pytest.mark.parametrize("text", test_native.TEXTS)
+def test_refusals_of_the_quantiser(native, text):
+    test_native.test_the_same_refusals(EmulatedQuantiser(native), text)

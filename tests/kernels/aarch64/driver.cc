@@ -85,6 +85,24 @@ void call(void* library) {
   for (size_t i = 0; i < arrays.size(); ++i) write(pointers[i], arrays[i].bytes);
 }
 
+void quantise(void* library) {
+  using Function = int (*)(const void*, int, int64_t, int64_t, int, int64_t, int, uint8_t*, void*, uint8_t*);
+  const auto function = reinterpret_cast<Function>(dlsym(library, "QwenQuantise"));
+  if (!function) fail(dlerror());
+  int64_t about[6];  // format, rows, columns, bits, group, zeros
+  read(about, sizeof about);
+  Array rows, weight, scales, points;
+  for (Array* a : {&rows, &weight, &scales, &points}) a->receive();
+  const int32_t faults = function(rows.data, static_cast<int>(about[0]), about[1], about[2], static_cast<int>(about[3]),
+                                  about[4], static_cast<int>(about[5]), weight.data, scales.data,
+                                  points.bytes ? points.data : nullptr);
+  write(&faults, sizeof faults);
+  for (const Array* a : {&weight, &scales, &points}) {
+    if (!a->guarded()) fail("QwenQuantise has written outside an array");
+    write(a->data, a->bytes);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -106,6 +124,8 @@ int main(int count, char** arguments) {
       write(&now, sizeof now);
     } else if (request == 2) {
       call(library);
+    } else if (request == 3) {
+      quantise(library);
     } else {
       fail("unknown request");
     }

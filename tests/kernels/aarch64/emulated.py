@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import subprocess
@@ -12,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-ISA, THREADS, CALL = range(3)
+from research.qwen.kernels.native_quantize import NativeQuantiser
+from research.qwen.quant.schemes import PANEL, Scheme
+
+ISA, THREADS, CALL, QUANTISE = range(4)
 
 
 class EmulatedLibrary:
@@ -28,7 +32,6 @@ class EmulatedLibrary:
         )
         self._lock = threading.Lock()
         self._threads = 1
-        self.calls = 0
         with self._lock:
             self._send(struct.pack("=i", ISA))
             self.isa = self._receive(self._number()).decode()
@@ -57,14 +60,12 @@ class EmulatedLibrary:
 
         def run() -> int:
             with self._lock:
-                self.calls += 1
                 self._send(
                     struct.pack("=ii", CALL, len(name)) + name.encode() + struct.pack("=i", len(arrays))
                 )
                 for array, index in zip(arrays, same, strict=True):
-                    head = struct.pack(f"=i{array.ndim}q", array.ndim, *array.shape)
-                    self._send(head + struct.pack("=qi", array.nbytes, array.ctypes.data % 64), flush=False)
-                    self._send(array.tobytes() + struct.pack("=i", index), flush=False)
+                    self._send_array(array)
+                    self._send(struct.pack("=i", index), flush=False)
                 self._send(b"")
                 result = self._number()
                 for array in arrays:
@@ -72,6 +73,23 @@ class EmulatedLibrary:
                 return result
 
         return run
+
+    def quantise(self, about: list[int], rows: np.ndarray, packed: list[np.ndarray]) -> int:
+        """QwenQuantise: about is format, rows, columns, bits, group, zeros; packed is weight, scales, points."""
+        with self._lock:
+            self._send(struct.pack("=i6q", QUANTISE, *about))
+            for array in (rows, *packed):
+                self._send_array(array)
+            self._send(b"")
+            faults = self._number()
+            for array in packed:
+                self._store(array, self._receive(array.nbytes))
+            return faults
+
+    def _send_array(self, array: np.ndarray) -> None:
+        head = struct.pack(f"=i{array.ndim}q", array.ndim, *array.shape)
+        self._send(head + struct.pack("=qi", array.nbytes, array.ctypes.data % 64), flush=False)
+        self._send(array.tobytes(), flush=False)
 
     @staticmethod
     def _store(array: np.ndarray, data: bytes) -> None:
@@ -92,3 +110,30 @@ class EmulatedLibrary:
 
     def _number(self) -> int:
         return int(struct.unpack("=i", self._receive(4))[0])
+
+
+class EmulatedQuantiser(NativeQuantiser):
+    """The C++ quantiser of an emulated library."""
+
+    def __init__(self, library: EmulatedLibrary) -> None:
+        self._native: Any = library
+        self._threads = None
+        self._function = self._call
+
+    def _call(
+        self, rows: int, code: int, count: int, k: int, bits: int, group: int, zeros: int, *to: Any
+    ) -> int:
+        """QwenQuantise as ctypes would call it, with addresses; the sizes of the arrays follow from the format."""
+        panels, block = -(-count // PANEL), group or Scheme(8, 0, False).block
+        blocks = -(-k // block)
+        scales = panels * PANEL * (blocks if group else 1)
+        sizes = [panels * PANEL * blocks * block * bits // 8, scales * (2 if group else 4), scales * zeros]
+        packed = [_bytes_at(address, size) for address, size in zip(to, sizes, strict=True)]
+        source = _bytes_at(rows, count * k * (2 if code else 4))
+        return self._native.quantise([code, count, k, bits, group, zeros], source, packed)
+
+
+def _bytes_at(address: int | None, count: int) -> np.ndarray:
+    if not count:
+        return np.empty(0, np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address or 0))
