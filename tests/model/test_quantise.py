@@ -52,7 +52,8 @@ def test_quantised_on_the_fly(model: str, text: str) -> None:
     source, checkpoint = opened(folder, text), open_checkpoint(folder)
     stored = checkpoint.dtype(f"{QKV}.weight")
     assert source.format(QKV) == source.format(f"{QKV}.weight") == text
-    assert source.format("lm_head") == "int8" and source.format(TABLE) == stored
+    assert source.format("lm_head") == Plan(text).wanted("lm_head", plain=True)
+    assert source.format(TABLE) == stored
     assert source.format(f"{QKV}.bias") == stored
     for name in (QKV, "transformer.h.1.mlp.c_proj", "lm_head"):
         weight = checkpoint.read(f"{name}.weight")
@@ -89,6 +90,16 @@ def test_floats_are_converted() -> None:
     assert mixed.read(f"{TABLE}.weight").dtype == np.float16
 
 
+def test_what_a_plan_means() -> None:
+    assert Plan().wanted(QKV, plain=True) is None
+    assert Plan("int4-g128").wanted(QKV, plain=True) == "int4"
+    assert Plan("int8").wanted("lm_head", plain=True) == "int8"
+    assert Plan("int8").wanted("lm_head", plain=False) is None  # whatever it is quantised in
+    assert Plan("int4", "bfloat16").wanted("lm_head", plain=True) == "bfloat16"
+    assert Plan("int4").wanted(TABLE, plain=True) is None
+    assert Plan("float32").wanted(TABLE, plain=True) == "float32"
+
+
 @pytest.mark.parametrize("plan", [("int5",), (None, "int8-asym-g64"), (None, None, "fp16")])
 def test_unknown_formats(plan: tuple[str | None, ...]) -> None:
     with pytest.raises(ConfigError, match="weights|lm_head|embedding"):
@@ -120,8 +131,9 @@ def test_gptq(variant: str) -> None:
 
 def test_gptq_with_an_integer_head() -> None:
     source = opened(gptq_folder("int4"), "int4")
-    assert source.format("lm_head") == "int8" and source.format(QKV) == "int4"
-    assert source.read("lm_head.scales").dtype == np.float32
+    assert source.format("lm_head").startswith("int") and source.format(QKV) == "int4"
+    assert source.read("lm_head.weight").dtype == np.uint8
+    assert opened(gptq_folder("int4"), None, "int8").format("lm_head") == "int8"
 
 
 @pytest.mark.parametrize("plan", ["int8", "int4-g64", "bfloat16", "float16"])
