@@ -26,6 +26,7 @@ LIBRARY_TEST = re.compile(r"^def test_\w+\(native\b", re.MULTILINE)
 LEFT_OUT = {"test_calls_from_two_threads_at_once"}  # the emulated process takes one call at a time
 FEWER = {"test_long_contexts": ("threads", [1, 3])}  # takes a second or more each time
 ISAS = sorted(build.ARM)
+DOT = {"test_quant_kernels", "test_layer_kernels"}  # files with kernels that dotprod changes
 FIXTURE = type(pytest.fixture(lambda: None))
 SYSROOT = "/usr/aarch64-linux-gnu"
 pytestmark = [
@@ -107,7 +108,7 @@ def _classes():
             ):
                 members[name] = staticmethod(_fewer(value))
         name = "".join(word.capitalize() for word in path.stem.split("_"))
-        yield name, on(ISAS if path.stem == "test_quant_kernels" else ("base",))(type(name, (), members))
+        yield name, on(ISAS if path.stem in DOT else ("base",))(type(name, (), members))
 
 
 globals().update(_classes())
