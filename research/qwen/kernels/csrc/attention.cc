@@ -37,11 +37,11 @@ Plan plan(const AttentionArgs& a) {
   for (int64_t b = 0; b < a.sequences; ++b) {
     const int64_t start = a.kv_lens[b] - a.q_lens[b];
     const bool lone = direct && a.q_lens[b] == 1;
-    for (int64_t q = 0; q < a.q_lens[b]; q += kQueryBlock) {
-      const int64_t count = a.q_lens[b] - q < kQueryBlock ? a.q_lens[b] - q : kQueryBlock;
-      for (int64_t h = 0; h < a.heads; ++h)
+    for (int64_t h = 0; h < a.heads; ++h)  // neighbouring tasks share keys and values
+      for (int64_t q = 0; q < a.q_lens[b]; q += kQueryBlock) {
+        const int64_t count = a.q_lens[b] - q < kQueryBlock ? a.q_lens[b] - q : kQueryBlock;
         (lone ? p.lone : p.blocks).push_back({b, h, row + q, count, start + q, -1, nullptr});
-    }
+      }
     for (int64_t q = 0; q < a.q_lens[b] && !lone; ++q) p.rows.push_back(row + q);
     row += a.q_lens[b];
   }

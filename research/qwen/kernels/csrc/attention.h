@@ -9,7 +9,7 @@
 namespace qwen {
 
 constexpr int64_t kKeyBlock = 64;    // keys per step of the online softmax, at absolute positions
-constexpr int64_t kQueryBlock = 64;  // queries of one attention task
+constexpr int64_t kQueryBlock = 128;  // queries of one attention task
 constexpr int64_t kPart = 512;       // keys whose softmax is made apart from other parts and then merged in order
 constexpr int64_t kGroup = 16;       // keys side by side in the cache
 

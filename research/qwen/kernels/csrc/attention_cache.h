@@ -35,11 +35,14 @@ struct KvF32 : F32 {
 
 struct KvBF16 : BF16 {
   INLINE float write(const float* x, int64_t d, T* to, int64_t step) {
-    for (int64_t i = 0; i < d; ++i) {
-      uint32_t u;
-      std::memcpy(&u, x + i, sizeof u);
-      const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-      to[i * step] = static_cast<uint16_t>(nan ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    for (int64_t i = 0; i < d; i += kLanes) {
+      const int64_t n = smaller(kLanes, d - i);
+      const VU u = (VU)(n == kLanes ? load(x + i) : load_part(x + i, n));
+      const VU even = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+      const VU bits = (VU)((u & 0x7fffffffu) > 0x7f800000u) & 0x7fc0u;  // a NaN stays one
+      const VH h = __builtin_convertvector((VU)(bits != 0u ? bits : even), VH);
+      if (step == 1) std::memcpy(to + i, &h, n * sizeof(T));
+      else for (int64_t j = 0; j < n; ++j) to[(i + j) * step] = h[j];
     }
     return 1;
   }

@@ -21,7 +21,7 @@ static_assert(kKeyBlock % kSlab == 0 && kQueryBlock % kLanes == 0 && kBlockGroup
 
 // Softmax state and operands of a block of queries. Tiled arrays: [tile of queries][slab][row][kSlab].
 struct Scratch {
-  float *query;                    // [tile][d][kRows]
+  float *query;                    // [query][d]
   float *keys;                     // [slab of keys][d][kSlab]
   float *values;                   // [slab of d][key][kSlab]
   float *scores;                   // [query][key]
@@ -143,8 +143,7 @@ static void widen_values(const AttentionArgs& a, const AttentionTask& t, const S
   }
 }
 
-// kRows x kSlab products of `left` [k][left_step ...] and `right` [k][kSlab], added to sum in the order of k.
-template <bool kByRow>
+// kRows x kSlab products of `left` [row][left_step] and `right` [k][kSlab], added to sum in the order of k.
 INLINE void multiply(const float* left, int64_t left_step, const float* right, int64_t k, V (&sum)[kRows][kWide]) {
   for (int64_t i = 0; i < k; ++i) {
     V b[kWide];
@@ -152,7 +151,7 @@ INLINE void multiply(const float* left, int64_t left_step, const float* right, i
     for (int g = 0; g < kWide; ++g) b[g] = load(right + i * kSlab + g * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const V x = splat(kByRow ? left[r * left_step + i] : left[i * left_step + r]);
+      const V x = splat(left[r * left_step + i]);
 #pragma GCC unroll 8
       for (int g = 0; g < kWide; ++g) sum[r][g] = fma(x, b[g], sum[r][g]);
     }
@@ -161,7 +160,7 @@ INLINE void multiply(const float* left, int64_t left_step, const float* right, i
 
 static void score_tile(const Scratch& s, int64_t d, int64_t tile, int64_t key) {
   V sum[kRows][kWide] = {};
-  multiply<false>(s.query + tile * d * kRows, kRows, s.keys + key * d, d, sum);
+  multiply(s.query + tile * kRows * d, d, s.keys + key * d, d, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
@@ -176,7 +175,7 @@ static void value_tile(const Scratch& s, int64_t tile, int64_t slab, int64_t key
 #pragma GCC unroll 8
     for (int g = 0; g < kWide; ++g)
       sum[r][g] = load(place + r * kSlab + g * kLanes) * splat(s.factor[tile * kRows + r]);
-  multiply<true>(s.scores + tile * kRows * kKeyBlock, kKeyBlock, s.values + slab * kKeyBlock * kSlab, keys, sum);
+  multiply(s.scores + tile * kRows * kKeyBlock, kKeyBlock, s.values + slab * kKeyBlock * kSlab, keys, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
@@ -231,9 +230,8 @@ static void attend_as(const AttentionArgs& a, const AttentionTask& t, float* scr
   const int64_t width = a.heads * a.d, last = t.position + t.count - 1;
   const int64_t rows = round_up(t.count, kRows), tiled = rows * s.slabs * kSlab, step = kRows * kSlab;
   float* y = a.y + t.first_row * width + t.head * a.d;
-  for (int64_t q = 0; q < rows; ++q)
-    for (int64_t i = 0; i < a.d; ++i)
-      s.query[(q / kRows * a.d + i) * kRows + q % kRows] = q < t.count ? y[q * width + i] : 0.f;
+  for (int64_t q = 0; q < t.count; ++q) std::memcpy(s.query + q * a.d, y + q * width, a.d * sizeof(float));
+  std::memset(s.query + t.count * a.d, 0, (rows - t.count) * a.d * sizeof(float));
   std::memset(s.keys, 0, a.d * kKeyBlock * sizeof(float));
   clear(s.total, tiled, s.total_peak, s.total_mass, rows);
   for (int64_t part = 0; part <= last; part += kPart) {
@@ -249,7 +247,10 @@ static void attend_as(const AttentionArgs& a, const AttentionTask& t, float* scr
   for (int64_t q = 0; q < t.count; ++q) {
     const float inverse = 1.f / s.total_mass[q];
     const float* from = s.total + q / kRows * s.slabs * step + q % kRows * kSlab;
-    for (int64_t i = 0; i < a.d; ++i) y[q * width + i] = from[i / kSlab * step + i % kSlab] * inverse;
+    for (int64_t i = 0; i < a.d; i += kLanes) {
+      const V v = load(from + i / kSlab * step + i % kSlab) * splat(inverse);
+      i + kLanes <= a.d ? store(y + q * width + i, v) : store_part(y + q * width + i, v, a.d - i);
+    }
   }
 }
 
