@@ -123,11 +123,11 @@ def check_checkpoint(path: Path, settings: RunSettings) -> dict[str, Any]:
 
     Returns the model keys to take from the config.json beside it, where that says otherwise than the YAML.
     """
-    from research.qwen.weights.names import check
+    from research.qwen.model.quantise import Plan, quantised_source
     from research.qwen.weights.readers import open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    check(checkpoint, settings.model)
+    quantised_source(checkpoint, settings.model, Plan(), progress=False)
     if not (checkpoint.folder / "config.json").exists():
         return {}
     own = QwenConfig.from_folder(checkpoint.folder)

@@ -18,6 +18,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.model import quantise
 from research.qwen.model.quantise import Plan, Source, quantised_source
 from research.qwen.quant.schemes import quantize_rows
+from research.qwen.run_qwen_7b import check_checkpoint
 from research.qwen.settings import load_settings
 from research.qwen.weights.readers import open_checkpoint
 from research.qwen.weights.tensors import FileTensor
@@ -104,6 +105,24 @@ def test_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "bfloat16, int4" in captured.out and captured.err == ""
     assert main([*argv, "--force", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_info_describes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["quantize", str(model_folder("st_new_bf16")), str(tmp_path / "out"), "--dtype", "int4"]
+    assert main([*argv, "--lm-head-dtype", "int8", "--quiet"]) == 0
+    for path, formats in (
+        (tmp_path / "out", "bfloat16, int4, int8"),
+        (gptq_folder("int8"), "float16, int8-g128"),
+    ):
+        assert main(["info", str(path)]) == 0
+        assert f"stored as     {formats}: " in capsys.readouterr().out
+
+
+def test_the_runner_accepts_it(tmp_path: Path) -> None:
+    argv = ["quantize", str(model_folder("st_new_bf16")), str(tmp_path / "out"), "--dtype", "int4"]
+    assert main([*argv, "--quiet"]) == 0
+    settings = load_settings(tmp_path / "out" / "qwen.yaml")
+    assert check_checkpoint(tmp_path / "out" / "qwen.safetensors", settings) == {}
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -11,8 +10,6 @@ from pathlib import Path
 from research.qwen.cli.common import quieten
 from research.qwen.config import SIZES, QwenConfig
 from research.qwen.errors import CheckpointError, KernelError, VocabularyError
-
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe_model(path: Path) -> list[str]:
     """Lines about the checkpoint; raises what opening it raises."""
-    from research.qwen.weights.names import check
+    from research.qwen.model.quantise import Plan, quantised_source
+    from research.qwen.weights.names import expected
     from research.qwen.weights.readers import open_checkpoint
 
     if not path.exists():
@@ -48,19 +46,17 @@ def describe_model(path: Path) -> list[str]:
     folder = path if path.is_dir() else path.parent
     config = QwenConfig.from_folder(folder)
     checkpoint = open_checkpoint(path)
-    check(checkpoint, config)
-    names = list(checkpoint.names())
-    sizes = {name: prod(checkpoint.shape(name)) for name in names}
-    stored: Counter[str] = Counter()
-    for name in names:
-        stored[checkpoint.dtype(name)] += sizes[name]
-    total = sum(sizes.values())
-    weights = sum(WIDTH[dtype] * count for dtype, count in stored.items())
+    source = quantised_source(checkpoint, config, Plan(), progress=False)
+    shapes = expected(config)
+    total = sum(prod(shape) for shape in shapes.values())
+    count = len(checkpoint.names())
+    weights = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names())
+    stored = {source.format(name) for name in shapes}
     known = next((size for size, c in SIZES.items() if c.hidden_size == config.hidden_size), "own size")
     cache = 2 * config.num_layers * config.hidden_size * 4
     return [
         f"checkpoint    {path}",
-        f"model         Qwen, first generation ({known}): {total / 1e6:,.1f} M parameters, {len(names)} tensors, whole",
+        f"model         Qwen, first generation ({known}): {total / 1e6:,.1f} M parameters, {count} tensors, whole",
         f"shape         hidden {config.hidden_size}, layers {config.num_layers}, heads {config.num_heads} x "
         f"{config.head_dim}, MLP {config.mlp_width}, vocabulary rows {config.vocab_size}",
         f"context       {config.seq_length} trained, {config.max_length} at most; dynamic NTK "
