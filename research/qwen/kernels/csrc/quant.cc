@@ -75,9 +75,10 @@ bool good(const QuantWeight& w) {
          w.group >= 0 && w.group % 64 == 0 && w.group <= 256;
 }
 
-// Blocks of 16 columns in a piece of work.
+// Blocks of 16 columns in a piece of work; many rows take them in pairs.
 int64_t piece_of(const QuantCall& a) {
   const int64_t blocks = (a.w.n + 15) / 16, share = blocks / (32 * threads());
+  if (a.x.rows > 16) return share < 2 ? 2 : share / 2 * 2;
   return share < 1 ? 1 : share;
 }
 

@@ -172,6 +172,14 @@ INLINE void finish(const QuantCall& a, int64_t row, int64_t column, V v) {
   store_part(a.y + at, v, count);
 }
 
+}  // namespace
+
+#if defined(__AMX_INT8__)
+#include "quant_amx.h"
+#endif
+
+namespace {
+
 template <int BITS, int R>
 static void tile(const QuantCall& a, int64_t r0, int64_t b) {
   V acc[R][kParts], gate[R][kParts];
@@ -198,11 +206,23 @@ static void tiles(const QuantCall& a, int64_t b0, int64_t b1) {
   }
 }
 
-static void integer(const QuantCall& a, int64_t b0, int64_t b1, void*) {
+#if defined(__AMX_INT8__)
+constexpr int64_t kLeastTileRows = 5;  // fewer rows are as fast without tiles
+static int64_t scratch(const QuantCall& a) { return a.x.rows < kLeastTileRows ? 0 : sizeof(Workspace); }
+#else
+static int64_t scratch(const QuantCall&) { return 0; }
+#endif
+
+static void integer(const QuantCall& a, int64_t b0, int64_t b1, void* work) {
+#if defined(__AMX_INT8__)
+  if (work) {
+    auto& space = *static_cast<Workspace*>(work);
+    return a.w.bits == 4 ? amx_columns<4>(a, b0, b1, space) : amx_columns<8>(a, b0, b1, space);
+  }
+#endif
+  (void)work;
   a.w.bits == 4 ? tiles<4>(a, b0, b1) : tiles<8>(a, b0, b1);
 }
-
-static int64_t scratch(const QuantCall&) { return 0; }
 
 // code - zero of one input, kLanes columns; v holds four (or eight) inputs of each.
 template <int BITS>
