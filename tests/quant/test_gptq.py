@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from research.qwen.errors import CheckpointError, ConfigError
 from research.qwen.quant.gptq import SUFFIXES, GptqFormat, from_gptq, to_gptq
-from research.qwen.quant.schemes import dequantize_packed
+from research.qwen.quant.schemes import Scheme, dequantize_packed, pack, quantize
 
 Module = dict[str, np.ndarray]
 
@@ -114,12 +114,27 @@ def test_padding_is_zero() -> None:
         {"bits": 4, "group_size": 32},
         {"bits": 4},
         {"bits": 4, "group_size": 128, "quant_method": "awq"},
-        {"bits": 4, "group_size": 128, "checkpoint_format": "marlin"},
+        {"bits": 4, "group_size": 128, "checkpoint_format": "gptq_v2"},
+        {"bits": 4, "group_size": 128, "is_marlin_format": True},
     ],
 )
 def test_other_quantisers_are_refused(raw: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         GptqFormat.from_dict(raw)
+
+
+def test_a_zero_point_of_zero_cannot_be_written() -> None:
+    scheme = Scheme.parse("int4-g64-asym")
+    codes = quantize(np.random.default_rng(0).random((16, 128), np.float32), scheme)  # nothing is negative
+    assert codes.zeros is not None and not codes.zeros.all()
+    with pytest.raises(CheckpointError, match="zero point of 0"):
+        to_gptq(pack(codes, scheme), scheme, 16, 128)
+
+
+def test_whole_rows_cannot_be_written() -> None:
+    scheme = Scheme.parse("int8")
+    with pytest.raises(CheckpointError, match="no groups"):
+        to_gptq(pack(quantize(np.ones((16, 128), np.float32), scheme), scheme), scheme, 16, 128)
 
 
 def test_damaged_modules_are_refused() -> None:

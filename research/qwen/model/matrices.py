@@ -27,6 +27,7 @@ from research.qwen.quant.schemes import (
 from research.qwen.weights.dtypes import BY_NAME, convert_block, itemsize
 from research.qwen.weights.quantised import PARTS
 from research.qwen.weights.readers import Checkpoint
+from research.qwen.weights.tensors import FileTensor, let_go
 
 Parts = dict[str, tuple[tuple[int, ...], str]]  # part ("weight", "scales", ...) -> shape and number format
 
@@ -145,7 +146,11 @@ class Packed:
 
         def unpack() -> Arrays:
             module = {suffix: checkpoint.read(tensor) for suffix, tensor in tensors.items()}
-            return from_gptq(module, fmt, n, k, zeros)[1]
+            arrays = from_gptq(module, fmt, n, k, zeros)[1]
+            mapped = isinstance(checkpoint.tensor(tensors["qweight"]), FileTensor)
+            if mapped and not module["qweight"].flags.writeable:  # else it is a copy
+                let_go(module["qweight"])  # so that memory holds the packed arrays only
+            return arrays
 
         size = sum(checkpoint.tensor(tensor).nbytes for tensor in tensors.values())
         return cls(str(scheme), scheme, n, k, tuple(tensors.values()), shapes, unpack, False, size)

@@ -32,11 +32,13 @@ class GptqFormat:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GptqFormat:
         """From ``quantization_config`` or quantize_config.json; ConfigError for what is not supported."""
-        method = raw.get("quant_method", "gptq")
-        if method != "gptq" or raw.get("checkpoint_format", "gptq") != "gptq":
+        method, layout = raw.get("quant_method", "gptq"), raw.get("checkpoint_format", "gptq")
+        if raw.get("is_marlin_format"):
+            layout = "marlin"
+        if method != "gptq" or layout != "gptq":
             raise ConfigError(
-                f"quantised with {method} ({raw.get('checkpoint_format', 'own layout')}); only GPTQ in AutoGPTQ's "
-                "layout is read: use such a checkpoint, or quantise the original one"
+                f"quantised by the method {method!r} in the layout {layout!r}; only GPTQ in AutoGPTQ's first layout is "
+                "read: use such a checkpoint, or quantise the original one"
             )
         bits, group = raw.get("bits"), raw.get("group_size")
         if bits not in (4, 8) or group not in GROUPS:
@@ -97,9 +99,9 @@ def to_gptq(arrays: Mapping[str, NDArray[Any]], scheme: Scheme, n: int, k: int) 
     CheckpointError for a scheme that the layout does not have: no groups, or a zero point of 0.
     """
     check_packed(arrays, scheme, n, k)
-    GptqFormat(scheme.bits, scheme.group).shapes(n, k)
     if not scheme.group:
         raise CheckpointError(f"{scheme} weights have no groups; AutoGPTQ's layout needs them")
+    GptqFormat(scheme.bits, scheme.group).shapes(n, k)
     words = _merge(arrays["weight"].view(np.uint32)[..., 0], scheme.bits)
     words = words.transpose(1, 0, 2).reshape(words.shape[1], -1)
     words = np.ascontiguousarray(words[: k * scheme.bits // 32, :n])

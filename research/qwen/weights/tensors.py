@@ -7,7 +7,9 @@ a few blocks high however large the file is.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from research.qwen.errors import CheckpointError
 from research.qwen.weights.dtypes import BY_NAME
 
 BLOCK_BYTES = 8 << 20
+_MADV_DONTNEED = 4
 
 
 class StoredTensor(ABC):
@@ -150,3 +153,13 @@ class JoinedTensor(StoredTensor):
     def blocks(self) -> Iterator[NDArray[Any]]:
         for part in self._parts:
             yield from part.blocks()
+
+
+def let_go(block: NDArray[Any]) -> None:
+    """Drop the mapped pages wholly inside a block from memory; they come back from the file if touched
+    again."""
+    start = -(-block.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (block.ctypes.data + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if end > start and hasattr(libc, "madvise"):
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)

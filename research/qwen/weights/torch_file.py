@@ -6,8 +6,6 @@ refused.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -18,10 +16,9 @@ from numpy.typing import NDArray
 
 from research.qwen.errors import CheckpointError
 from research.qwen.weights.dtypes import BY_NAME
-from research.qwen.weights.tensors import BLOCK_BYTES, StoredTensor
+from research.qwen.weights.tensors import BLOCK_BYTES, StoredTensor, let_go
 
 ZIP_MAGIC = b"PK\x03\x04"
-_MADV_DONTNEED = 4
 
 
 def read_torch(path: Path) -> dict[str, StoredTensor]:
@@ -89,7 +86,7 @@ class TorchTensor(StoredTensor):
             block = flat[start : start + step]
             yield block.copy() if self._mapped else block
             if self._mapped:
-                _let_go(block)
+                let_go(block)
 
     def _flat(self) -> NDArray[Any]:
         import torch
@@ -99,16 +96,6 @@ class TorchTensor(StoredTensor):
             tensor = tensor.view(torch.int16)
         array: NDArray[Any] = tensor.numpy()
         return array.view(BY_NAME[self.dtype].numpy)
-
-
-def _let_go(block: NDArray[Any]) -> None:
-    """Drop the mapped pages wholly inside a block from memory; they come back from the file if touched
-    again."""
-    start = -(-block.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (block.ctypes.data + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    libc = ctypes.CDLL(None, use_errno=True)
-    if end > start and hasattr(libc, "madvise"):
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def _reason(error: BaseException) -> str:
