@@ -10,7 +10,11 @@ using qwen::kKeyBlock;
 using qwen::kPart;
 using qwen::kQueryBlock;
 
-constexpr int kWide = 2;                          // vectors side by side in a register tile
+#if defined(__aarch64__)
+constexpr int kWide = 4;                          // vectors side by side in a register tile
+#else
+constexpr int kWide = 2;
+#endif
 constexpr int kSlab = kWide * kLanes;             // floats of a tile's row
 constexpr int kRows = kLanes == 16 ? 8 : 4;       // queries of a register tile
 constexpr int kTiles = kQueryBlock / kRows;
