@@ -111,7 +111,9 @@ def int8_codes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes int8 (..., d) and scales float32 (..., 1): scale = max|x| / 127, rounded to nearest even."""
     most = np.abs(x).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most >= 1e-30)
-    return np.rint(x * inverse).astype(np.int8), np.where(most >= 1e-30, most / np.float32(127), np.float32(0))
+    return np.rint(x * inverse).astype(np.int8), np.where(
+        most >= 1e-30, most / np.float32(127), np.float32(0)
+    )
 
 
 def expected(case: dict[str, np.ndarray], heads: int, d: int, fmt: str) -> np.ndarray:

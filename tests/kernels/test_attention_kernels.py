@@ -89,7 +89,9 @@ def test_the_cache_holds_what_its_format_can_keep(native, rng, fmt, d, block_siz
     v[6] = rng.integers(-254, 255, (heads, d)) / 2  # halves: ties are rounded to even
     v[6, :, 0] = 127
     blocks = list(rng.permutation(64 // block_size)[: -(-length // block_size)])
-    call = cases.step([(case, 0, length, blocks)], cases.empty_cache(64 // block_size, block_size, heads, d, fmt))
+    call = cases.step(
+        [(case, 0, length, blocks)], cases.empty_cache(64 // block_size, block_size, heads, d, fmt)
+    )
     assert call.run(native)[0] == 0
     keys, values = cases.cached(call)
     rotated = cases.rotated_keys(case, heads, d)

@@ -16,6 +16,7 @@ from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
 from research.qwen.kernels.arrays import widen
 from research.qwen.kernels.layer import Layer
 from research.qwen.kernels.parameters import placeholder, zero_cache
+from research.qwen.kernels.reference_kv import keeper
 from research.qwen.quant.schemes import Scheme, dequantize_packed
 from research.qwen.rope import logn_factors, rotary_tables
 
@@ -60,7 +61,7 @@ class ReferenceKernels:
         column = np.arange(lengths.max(), dtype=np.int32)[None, :]
         first = np.cumsum(lengths) - lengths
         inside = column < lengths[:, None]
-        pad = np.where(inside, first[:, None] + column, 0).astype(np.int32)  # (B, Q) -> token
+        pad = (first[:, None] + np.where(inside, column, 0)).astype(np.int32)  # (B, Q) -> token of this row
         unpad = np.flatnonzero(inside.reshape(-1)).astype(np.int32)  # (T,) -> place in (B * Q)
         keys = np.arange(tables.shape[1] * cache.block_size, dtype=np.int32)
         arrays = (
@@ -155,7 +156,10 @@ class SwiGLU(nn.Cell):
 
 
 class PagedAttention(nn.Cell):
-    """Rotary, log-n, cache write, and causal softmax attention over each sequence's blocks."""
+    """Rotary, log-n, cache write, and causal softmax attention over each sequence's blocks.
+
+    The cache is float32 and holds what its format keeps of the numbers.
+    """
 
     def __init__(self, config: QwenConfig, cache: CacheSpec):
         super().__init__()
@@ -165,6 +169,7 @@ class PagedAttention(nn.Cell):
         shape = (cache.num_blocks, cache.block_size, self.heads, self.dim)
         self.key_cache = zero_cache("key_cache", shape)
         self.value_cache = zero_cache("value_cache", shape)
+        self.keep = keeper(cache.fmt)
         self.write = ops.ScatterNdUpdate()
         self.softmax = ops.Softmax(-1)
 
@@ -184,8 +189,9 @@ class PagedAttention(nn.Cell):
         cos, sin = cos.expand_dims(1), sin.expand_dims(1)
         q = self.rotate(q.reshape((-1, self.heads, self.dim)), cos, sin) * logn.reshape((-1, 1, 1))
         k = self.rotate(k.reshape((-1, self.heads, self.dim)), cos, sin)
-        key_cache = self.write(self.key_cache, slots, k)
-        value_cache = self.write(self.value_cache, slots, v.reshape((-1, self.heads, self.dim)))
+        key_cache = self.write(self.key_cache, slots, self.keep(k, pad, unpad))
+        v = v.reshape((-1, self.heads, self.dim))
+        value_cache = self.write(self.value_cache, slots, self.keep(v, pad, unpad))
         batch = tables.shape[0]
         keys = ops.gather(key_cache, tables, 0).reshape((batch, -1, self.heads, self.dim))  # (B, S, h, d)
         values = ops.gather(value_cache, tables, 0).reshape((batch, -1, self.heads, self.dim))
