@@ -92,7 +92,7 @@ int attention(const AttentionArgs& a) {
   if (room && !free) return 3;
   for (size_t i = 0; i < p.lone.size(); ++i) {
     AttentionTask& t = p.lone[i];
-    work += (t.position + 1) * a.d;
+    work += (t.position + kKeyBlock) * a.d;
     const int64_t count = parts(t.position + 1);
     if (count >= cut) t.partial = free, free += count * partial_size(a.d);
     for (int64_t part = 0; part < count; ++part) {
