@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,11 @@ def numbered_operator(library: Path, family: str, *inputs: Any) -> ops.Custom:
     return operator(library, f"{family}{number}", *inputs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _number(family: str, inputs: tuple[Any, ...]) -> int:
     return next(_numbers(family))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _numbers(family: str) -> Iterator[int]:
     return itertools.count()
