@@ -63,9 +63,13 @@ def split(total, sizes):
         start += size
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 4, 8, 16, 24, 32])
-@pytest.mark.parametrize("heads, d", [(1, 2), (3, 6), (4, 16), (2, 8), (2, 32), (2, 128), (1, 96)])
-def test_attention(native, rng, fmt, heads, d, block_size):
+SHAPES = [(1, 2), (3, 6), (4, 16), (2, 8), (2, 32), (2, 128), (1, 96)]  # heads, d
+BLOCK_SIZES = [(shape, 16) for shape in SHAPES] + [((2, 32), size) for size in (1, 3, 4, 8, 24, 32)]
+
+
+@pytest.mark.parametrize("shape, block_size", BLOCK_SIZES)
+def test_attention(native, rng, fmt, shape, block_size):
+    heads, d = shape
     for length in (1, 3, 65, 150):
         case = cases.sequence(rng, length, heads, d)
         blocks = list(rng.permutation(160 // block_size + 1)[: -(-length // block_size)])
@@ -115,7 +119,7 @@ def test_int8_codes_and_scales(native, rng):
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 32])
-@pytest.mark.parametrize("chunks", [[150], [1], [64], [3, 70, 77], [149, 1], [7]], ids=str)
+@pytest.mark.parametrize("chunks", [[1], [64], [3, 70, 77], [149, 1]], ids=str)
 def test_chunks_do_not_change_a_bit(native, rng, fmt, chunks, block_size):
     heads, d, count = 2, 20, -(-150 // block_size)
     case = cases.sequence(rng, 150, heads, d)
@@ -129,7 +133,7 @@ def test_chunks_do_not_change_a_bit(native, rng, fmt, chunks, block_size):
         np.testing.assert_array_equal(y, want[start : start + size])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("heads, d", [(1, 32), (5, 16)])
 def test_long_contexts(native, rng, fmt, heads, d, threads):
     """Contexts of several parts: against float64, and decode against prefill, split among threads or not."""
@@ -150,8 +154,7 @@ def test_long_contexts(native, rng, fmt, heads, d, threads):
         native.set_threads(2)
 
 
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("block_size, threads", [(4, 2), (16, 1), (16, 2), (16, 5)])
 def test_neighbours_do_not_change_a_bit(native, rng, fmt, threads, block_size):
     """Sequences together, in prefill, in a chunk, in decode (short and of several parts), against each alone."""
     heads, d = 3, 16
