@@ -15,6 +15,7 @@ from research.qwen.kernels.api import CacheSpec, StepView, load_kernels
 from research.qwen.kernels.arrays import widen
 from research.qwen.kernels.cpu import _quota
 from research.qwen.model.loading import is_cache
+from tests.kernels import attention_cases as cases
 from tests.kernels import cpu_truth as truth
 
 pytestmark = pytest.mark.mindspore
@@ -231,3 +232,46 @@ def test_threads_respect_the_quota_of_a_container(tmp_path, text, cpus):
     (tmp_path / "cpu.max").write_text(text)
     assert _quota(tmp_path / "cpu.max") == cpus
     assert _quota(tmp_path / "missing") == 1024
+
+
+class Flat(nn.Cell):
+    """An attention cell with the tensors of a step as inputs of their own, as dynamic shapes need them."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, qkv, *step):
+        return self.cell(qkv, step)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "int8"])
+def test_attention_in_every_cache_format(fmt, backend):
+    """The cell of a backend by prefill and steps: what it keeps and what it gives, against the NumPy model."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    kernels, cache, blocks = load_kernels(backend), CacheSpec(6, 16, fmt), [4, 0, 3]
+    cell = kernels.attention(CONFIG, cache)
+    net = Flat(cell)
+    net.set_inputs(Tensor(shape=[None, 96], dtype=ms.float32), *kernels.step_signature(CONFIG, cache))
+    case = cases.sequence(np.random.default_rng(2), 40, 2, 16)
+    angle = np.arange(40)[:, None] / 1e4 ** (np.arange(0, 16, 2) / 16)
+    case |= {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+    case["logn"] = np.ones(40, np.float32)
+    rows = []
+    for start, end in ((0, 33), (33, 34), (34, 40)):
+        step = kernels.make_step(StepView([start], [end - start], [1.0], [blocks]), CONFIG, cache)
+        rows.append(net(Tensor(case["qkv"][start:end]), *step).asnumpy())
+    np.testing.assert_allclose(
+        np.concatenate(rows), cases.expected(case, 2, 16, fmt), rtol=0, atol=2e-3 if fmt == "int8" else 5e-4
+    )
+    slots = np.concatenate([np.arange(16) + 16 * block for block in blocks])[:40]
+    _, values = cell.read_cache()
+    v = np.ascontiguousarray(case["qkv"][:, 64:].reshape(40, 2, 16))
+    np.testing.assert_allclose(values[slots], cases.stored(v, fmt), rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_unknown_cache_format(backend):
+    with pytest.raises(KernelError, match="keys and values as .* not 'int3'"):
+        load_kernels(backend).attention(CONFIG, CacheSpec(4, 16, "int3"))
