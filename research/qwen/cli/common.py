@@ -47,9 +47,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lm-head-dtype", metavar="DTYPE", help="the same for the output matrix")
     parser.add_argument("--embedding-dtype", metavar="DTYPE", help="the same for the embedding table")
-    parser.add_argument("--kv-dtype", metavar="DTYPE", help="KV cache: bfloat16 (default on cpu), float32 or int8")
     parser.add_argument(
-        "--activations", metavar="DTYPE", help="beside integer weights on cpu: int8 (default) or float32, exact"
+        "--kv-dtype", metavar="DTYPE", help="KV cache: bfloat16 (default on cpu), float32 or int8"
+    )
+    parser.add_argument(
+        "--activations",
+        metavar="DTYPE",
+        help="beside integer weights on cpu: int8 (default) or float32, exact",
     )
     parser.add_argument("--config", help="YAML to read the model from instead of config.json")
     parser.add_argument("--vocab", help="vocabulary file qwen.tiktoken (default: beside the checkpoint)")

@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="checkpoint to read")
     parser.add_argument("target", metavar="OUT", help="file or folder to write")
     parser.add_argument("--dtype", required=True, help="format of the layers' matrices: int8, int4, ...")
-    parser.add_argument("--lm-head-dtype", metavar="DTYPE", help="of the output matrix (default: int8 or int4-g64)")
+    parser.add_argument(
+        "--lm-head-dtype", metavar="DTYPE", help="of the output matrix (default: int8 or int4-g64)"
+    )
     parser.add_argument(
         "--embedding-dtype", metavar="DTYPE", help="of the embedding table (default: as stored)"
     )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
-from research.qwen.kernels.api import CacheSpec, FormatOf, StepView
+from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
 from research.qwen.kernels.build import library_path
 from research.qwen.kernels.cpu_layer import FusedLayer, PackedEmbedding, PackedLinear, float_plan
 from research.qwen.kernels.cpu_ops import F32, I32, TYPES, operator
@@ -220,7 +220,9 @@ class CpuKernels:
         )
         return tuple(Tensor.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
-    def step_signature(self, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
+    def step_signature(
+        self, config: QwenConfig, cache: CacheSpec, key: str = ONE_GRAPH
+    ) -> tuple[Tensor, ...]:
         """The tuple of make_step with dynamic T, B and table width."""
         half = config.head_dim // 2
         shapes = ([None, half], [None, half], [None], [None], [None, None], [None], [None])
@@ -229,7 +231,7 @@ class CpuKernels:
 
     def graph_key(self, view: StepView) -> str:
         """One graph serves every view."""
-        return "step"
+        return ONE_GRAPH
 
     def quantised_parameters(
         self, arrays: Mapping[str, NDArray[Any]], scheme: str, n: int, k: int, table: bool = False

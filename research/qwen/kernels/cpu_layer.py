@@ -49,7 +49,7 @@ class PackedMatrix(nn.Cell):  # type: ignore[misc]
 
     def types(self) -> list[Any]:
         """Registration types of ``inputs``."""
-        kinds = [np.uint8, np.float16 if self.packed.scheme.group else np.float32]
+        kinds: list[Any] = [np.uint8, np.float16 if self.packed.scheme.group else np.float32]
         kinds += [np.uint8] * self.has_zeros + [np.int32] * self.has_order + [np.float32] * self.has_bias
         return [TYPES[kind] for kind in kinds]
 
@@ -59,7 +59,7 @@ class PackedMatrix(nn.Cell):  # type: ignore[misc]
             raise ValueError(
                 f"packed weight has shape {self.weight.shape}, expected {self.groups} groups of rows; load it first"
             )
-        parts = (self.weight, self.scales)
+        parts: tuple[Tensor, ...] = (self.weight, self.scales)
         if self.has_zeros:
             parts = (*parts, self.zeros)
         if self.has_order:
@@ -123,7 +123,14 @@ class FusedLayer(Layer):
         attn, mlp = self.attn, self.mlp
         matrices = (attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj)
         epsilon = int(np.float32(config.layer_norm_epsilon).view(np.int32))
-        plan = [epsilon, int(exact), _CACHE_CODES[cache.fmt], config.num_heads, config.head_dim, cache.block_size]
+        plan = [
+            epsilon,
+            int(exact),
+            _CACHE_CODES[cache.fmt],
+            config.num_heads,
+            config.head_dim,
+            cache.block_size,
+        ]
         for matrix in matrices:
             plan += matrix.plan()
         self.plan_tensor = Tensor(np.array(plan, np.int32))

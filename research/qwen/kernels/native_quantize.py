@@ -31,7 +31,18 @@ class NativeQuantiser:
         self._threads = threads
         self._function = ctypes.CDLL(str(path)).QwenQuantise
         number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-        self._function.argtypes = [pointer, number, size, size, number, size, number, pointer, pointer, pointer]
+        self._function.argtypes = [
+            pointer,
+            number,
+            size,
+            size,
+            number,
+            size,
+            number,
+            pointer,
+            pointer,
+            pointer,
+        ]
 
     def __call__(self, rows: NDArray[Any], scheme: Scheme, arrays: Arrays, first: int) -> None:
         """Fill packed arrays from row ``first`` (a multiple of 16) on; CheckpointError as quant.schemes.quantize."""
@@ -41,7 +52,9 @@ class NativeQuantiser:
         panels = -(-len(rows) // PANEL)
         start = first // PANEL
         parts = {name: array[start : start + panels] for name, array in arrays.items()}
-        if first % PANEL or any(len(part) != panels or not part.flags.c_contiguous for part in parts.values()):
+        if first % PANEL or any(
+            len(part) != panels or not part.flags.c_contiguous for part in parts.values()
+        ):
             raise KernelError(f"rows {first} to {first + len(rows)} do not fit the packed arrays")
         zeros = parts["zeros"].ctypes.data if scheme.zeros else None
         faults = self._function(

@@ -94,7 +94,8 @@ def _tensors(
         stem = name.removesuffix("weight")
         arrays = {part: source.read(stem + part) for part in packed.parts}
         table = stem.endswith(".wte.")
-        tensors = kernels.quantised_parameters(arrays, str(packed.scheme), *shape, table=table)
+        n, k = shape
+        tensors = kernels.quantised_parameters(arrays, str(packed.scheme), n, k, table=table)
         return {stem + part: tensor for part, tensor in tensors.items()}, {stem + part for part in arrays}
     except CheckpointError as error:  # the backend knows the value, only we know the name
         raise CheckpointError(f"{name}: {error}") from error

@@ -57,7 +57,9 @@ def open_model(
     folder = path if path.is_dir() else path.parent
     shape = settings.model if settings is not None else QwenConfig.from_folder(folder)
     wanted = precision or Precision()
-    source = quantised_source(open_checkpoint(path), shape, wanted.plan(name), native_quantiser(name, threads))
+    source = quantised_source(
+        open_checkpoint(path), shape, wanted.plan(name), native_quantiser(name, threads)
+    )
     kernels = load_kernels(name, **backend_options(name, wanted, threads))
     cache = cache_spec(shape, name, num_blocks, block_size, wanted.cache_format(name))
     runtime = Runtime.load(shape, source, kernels, cache)

@@ -34,7 +34,8 @@ class Plan:
     """Formats asked for: float32, float16, bfloat16 or the text of a scheme; None is as stored.
 
     ``weights``: the matrices of the layers, and the other two where they say nothing and this is a float.
-    ``lm_head``: None with integer ``weights`` is int8 beside int8, int4-g64 beside int4. Raises ConfigError for an unknown format.
+    ``lm_head``: None with integer ``weights`` is int8 beside int8, int4-g64 beside int4.
+    Raises ConfigError for an unknown format.
     """
 
     weights: str | None = None

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn, ops
 from research.qwen.config import QwenConfig
 from research.qwen.kernels.api import CacheSpec, FormatOf, Kernels
 
+
 class Transformer(nn.Cell):
     """Embedding and blocks; ``ln_f`` is applied by the model to the rows it needs."""
 
