@@ -7,11 +7,27 @@
 namespace {
 
 constexpr int64_t kTile = 16, kTileBytes = 1024, kTileInputs = 64;
-constexpr int64_t kRun = 4;  // blocks whose sums are formed before they are added up
+constexpr int64_t kRun = 4, kSquareRun = 2;  // blocks whose sums are formed before they are added up
 constexpr int64_t kMostTileRows = 256;
 
-// The compiler does not know that tile instructions use memory.
-INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
+// Instructions with the number of a tile as a template argument; the intrinsics want a literal, and do not tell the
+// compiler that they use memory.
+template <int I>
+INLINE void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(I));
+}
+template <int I>
+INLINE void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(I) : "memory");
+}
+template <int I>
+INLINE void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(I) : "memory");
+}
+template <int SUM, int ROWS, int CODES>  // sum += signed rows . unsigned codes
+INLINE void tile_dot() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ROWS), "i"(CODES));
+}
 
 // Tiles 0..3 are sums, 4 and 5 rows of x, 6 and 7 codes. While a Tiles lives they are in use; released afterwards, so
 // that neither a context switch nor other code on this thread pays for them.
@@ -30,7 +46,7 @@ struct Tiles {
 
 // What a thread works in.
 struct Workspace {
-  alignas(64) int32_t sums[kRun * kTile * kTile];
+  alignas(64) int32_t sums[kSquareRun * 4 * kTile * kTile];
   alignas(64) uint8_t codes[2][kRun * 4 * kTileBytes];  // a block has at most 4 tiles (256 inputs)
   alignas(64) float acc[2][kMostTileRows * 2 * kTile];  // of the product and the gate: [row][2 * 16 columns]
 };
@@ -47,7 +63,6 @@ INLINE const uint8_t* tiles_of(const uint8_t* from, int64_t blocks, int64_t bloc
       std::memcpy(buffer + i * 128 + 64, &high, 64);
     }
   }
-  memory_barrier();
   return BITS == 4 ? buffer : from;
 }
 
@@ -69,6 +84,32 @@ INLINE V add_block(const Rescale& s, V acc, const int32_t* sums, int32_t x_sum, 
   return fma((V)_mm512_cvtepi32_ps(sum), s.grouped ? splat(x_scale) * s.scale : splat(x_scale), acc);
 }
 
+// Sums of one block: rows q, 16 columns. I is the tile.
+template <int I>
+INLINE void stream_sums(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t tiles, int32_t* sums) {
+  tile_zero<I>();
+  for (int64_t t = I * tiles; t < (I + 1) * tiles; ++t) {
+    tile_load<4>(q + t * kTileInputs, stride);
+    tile_load<6>(codes + t * kTileBytes, 64);
+    tile_dot<I, 4, 6>();
+  }
+  tile_store<I>(sums + I * kTile * kTile, 64);
+}
+
+// Adds the sums of the blocks g .. g + run to acc.
+INLINE void add_stream(const QuantInput& x, const Rescale* rescale, int64_t g, int64_t run, const int32_t* sums,
+                       float* acc) {
+  const int64_t rows = x.rows, blocks = x.blocks;
+  const float* scale = x.scale + g;
+  const int32_t* x_sum = x.sum + g;
+  for (int64_t r = 0; r < rows; ++r, scale += blocks, x_sum += blocks) {
+    V v = g ? load(acc + r * 2 * kTile) : V{};
+    for (int64_t i = 0; i < run; ++i)
+      v = add_block(rescale[i], v, sums + (i * kTile + r) * kTile, x_sum[i], scale[i]);
+    store(acc + r * 2 * kTile, v);
+  }
+}
+
 // Up to 16 rows: one stream of codes, one tile of sums for each block of a run.
 template <int BITS>
 static void stream_product(const QuantInput& x, const QuantWeight& w, int64_t b, Workspace& work, float* acc) {
@@ -79,28 +120,54 @@ static void stream_product(const QuantInput& x, const QuantWeight& w, int64_t b,
     const uint8_t* codes = tiles_of<BITS>(c.codes + g * bytes, run, block, work.codes[0]);
     const int8_t* q = x.q + g * block;
     for (int64_t i = 0; w.group && i < 2; ++i) __builtin_prefetch(c.scales + g * 32 + kFarScales + i * 64, 0, 2);
-#define QWEN_SUM(i)                                                            \
-  if (i < run) {                                                               \
-    _tile_zero(i);                                                             \
-    for (int64_t t = i * per_block; t < (i + 1) * per_block; ++t) {            \
-      _tile_loadd(4, q + t * kTileInputs, stride);                             \
-      _tile_loadd(6, codes + t * kTileBytes, 64);                              \
-      _tile_dpbsud(i, 4, 6);                                                   \
-    }                                                                          \
-    _tile_stored(i, work.sums + i * kTile * kTile, 64);                        \
-  }
-    QWEN_SUM(0) QWEN_SUM(1) QWEN_SUM(2) QWEN_SUM(3)
-#undef QWEN_SUM
-    memory_barrier();
+    stream_sums<0>(codes, q, stride, per_block, work.sums);
+    if (run > 1) stream_sums<1>(codes, q, stride, per_block, work.sums);
+    if (run > 2) stream_sums<2>(codes, q, stride, per_block, work.sums);
+    if (run > 3) stream_sums<3>(codes, q, stride, per_block, work.sums);
     Rescale rescale[kRun];
     for (int64_t i = 0; i < run; ++i) rescale[i] = rescale_at<BITS>(c, g + i, w.group);
-    for (int64_t r = 0; r < x.rows; ++r) {
-      const int64_t at = r * x.blocks + g;
-      V v = g ? load(acc + r * 2 * kTile) : V{};
-      for (int64_t i = 0; i < run; ++i)
-        v = add_block(rescale[i], v, work.sums + (i * kTile + r) * kTile, x.sum[at + i], x.scale[at + i]);
-      store(acc + r * 2 * kTile, v);
+    run == kRun ? add_stream(x, rescale, g, kRun, work.sums, acc) : add_stream(x, rescale, g, run, work.sums, acc);
+  }
+}
+
+// Sums of one block of 32 x 32 results; q1 are the second 16 rows.
+INLINE void square_sums(const uint8_t* codes0, const uint8_t* codes1, const int8_t* q0, const int8_t* q1,
+                        int64_t stride, int64_t tiles, int32_t* sums) {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int64_t t = 0; t < tiles; ++t) {
+    tile_load<6>(codes0 + t * kTileBytes, 64);
+    tile_load<4>(q0 + t * kTileInputs, stride);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(codes1 + t * kTileBytes, 64);
+    tile_dot<1, 4, 7>();
+    tile_load<5>(q1 + t * kTileInputs, stride);
+    tile_dot<2, 5, 6>();
+    tile_dot<3, 5, 7>();
+  }
+  tile_store<0>(sums, 128);
+  tile_store<1>(sums + kTile, 128);
+  tile_store<2>(sums + 2 * kTile * kTile, 128);
+  tile_store<3>(sums + 2 * kTile * kTile + kTile, 128);
+}
+
+// Adds the sums of `run` blocks from g on to acc, rows r0 .. r0 + 32.
+INLINE void add_square(const QuantInput& x, const Rescale* left, const Rescale* right, int64_t r0, int64_t g,
+                       int64_t run, const int32_t* sums, float* acc) {
+  const int64_t rows = smaller(2 * kTile, x.rows - r0), blocks = x.blocks;
+  const float* scale = x.scale + r0 * blocks + g;
+  const int32_t* x_sum = x.sum + r0 * blocks + g;
+  float* to = acc + r0 * 2 * kTile;
+  for (int64_t r = 0; r < rows; ++r, to += 2 * kTile, sums += 2 * kTile, scale += blocks, x_sum += blocks) {
+    V a = g ? load(to) : V{}, b = g ? load(to + kTile) : V{};
+    for (int64_t i = 0; i < run; ++i) {
+      a = add_block(left[i], a, sums + i * 4 * kTile * kTile, x_sum[i], scale[i]);
+      b = add_block(right[i], b, sums + i * 4 * kTile * kTile + kTile, x_sum[i], scale[i]);
     }
+    store(to, a);
+    store(to + kTile, b);
   }
 }
 
@@ -110,64 +177,57 @@ static void square_product(const QuantInput& x, const QuantWeight& w, int64_t b,
                            float* acc) {
   const Columns c0 = columns_at(w, b), c1 = columns_at(w, both ? b + 1 : b);
   const int64_t block = w.block(), bytes = block * 2 * BITS, stride = x.k_padded, per_block = block / kTileInputs;
-  for (int64_t g0 = 0; g0 < x.blocks; g0 += kRun) {
-    const int64_t run = smaller(kRun, x.blocks - g0);
+  const int64_t rows = x.rows;
+  for (int64_t g0 = 0; g0 < x.blocks; g0 += kSquareRun) {
+    const int64_t run = smaller(kSquareRun, x.blocks - g0);
     const uint8_t* codes0 = tiles_of<BITS>(c0.codes + g0 * bytes, run, block, work.codes[0]);
     const uint8_t* codes1 = both ? tiles_of<BITS>(c1.codes + g0 * bytes, run, block, work.codes[1]) : codes0;
-    Rescale left[kRun], right[kRun];
+    Rescale left[kSquareRun], right[kSquareRun];
     for (int64_t i = 0; i < run; ++i) {
       left[i] = rescale_at<BITS>(c0, g0 + i, w.group);
       right[i] = rescale_at<BITS>(c1, g0 + i, w.group);
     }
-    for (int64_t r0 = 0; r0 < x.rows; r0 += 2 * kTile) {
+    for (int64_t r0 = 0; r0 < rows; r0 += 2 * kTile) {
       const int8_t* q0 = x.q + r0 * stride + g0 * block;
-      const int8_t* q1 = r0 + kTile < x.rows ? q0 + kTile * stride : q0;
-      const int64_t rows = smaller(2 * kTile, x.rows - r0);
+      const int8_t* q1 = r0 + kTile < rows ? q0 + kTile * stride : q0;
       for (int64_t i = 0; i < run; ++i) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t t = i * per_block; t < (i + 1) * per_block; ++t) {
-          _tile_loadd(6, codes0 + t * kTileBytes, 64);
-          _tile_loadd(4, q0 + t * kTileInputs, stride);
-          _tile_dpbsud(0, 4, 6);
-          _tile_loadd(7, codes1 + t * kTileBytes, 64);
-          _tile_dpbsud(1, 4, 7);
-          _tile_loadd(5, q1 + t * kTileInputs, stride);
-          _tile_dpbsud(2, 5, 6);
-          _tile_dpbsud(3, 5, 7);
-        }
-        _tile_stored(0, work.sums, 128);
-        _tile_stored(1, work.sums + kTile, 128);
-        _tile_stored(2, work.sums + 2 * kTile * kTile, 128);
-        _tile_stored(3, work.sums + 2 * kTile * kTile + kTile, 128);
-        memory_barrier();
-        const bool first = g0 + i == 0;
-        for (int64_t r = 0; r < rows; ++r) {
-          const int64_t at = (r0 + r) * x.blocks + g0 + i;
-          float* to = acc + (r0 + r) * 2 * kTile;
-          const int32_t* sums = work.sums + r * 2 * kTile;
-          store(to, add_block(left[i], first ? V{} : load(to), sums, x.sum[at], x.scale[at]));
-          store(to + kTile, add_block(right[i], first ? V{} : load(to + kTile), sums + kTile, x.sum[at], x.scale[at]));
-        }
+        const int64_t at = i * per_block;
+        square_sums(codes0 + at * kTileBytes, codes1 + at * kTileBytes, q0 + i * block, q1 + i * block, stride,
+                    per_block, work.sums + i * 4 * kTile * kTile);
       }
+      add_square(x, left, right, r0, g0, run, work.sums, acc);
     }
   }
 }
 
-// Scales of whole rows of W, the gate, bias and residual.
-static void finish_tiles(const QuantCall& a, int64_t b, const Workspace& work, int p) {
-  for (int64_t r = 0; r < a.x.rows; ++r) {
-    const int64_t at = r * 2 * kTile + p * kTile;
-    V v = load(work.acc[0] + at);
-    if (!a.w.group) v = v * row_scale(columns_at(a.w, b), 0);
-    if (a.gate.codes) {
-      V gate = load(work.acc[1] + at);
-      if (!a.gate.group) gate = gate * row_scale(columns_at(a.gate, b), 0);
-      v = silu_times(v, gate);
+// Scales of whole rows of W, the gate, bias and residual of `count` blocks of columns.
+static void finish_tiles(const QuantCall& a, int64_t b, int64_t count, const Workspace& work) {
+  const bool gated = a.gate.codes, whole = !a.w.group;
+  V scale[2], gate_scale[2];
+  for (int64_t p = 0; p < count; ++p) {
+    scale[p] = whole ? row_scale(columns_at(a.w, b + p), 0) : V{};
+    gate_scale[p] = whole && gated ? row_scale(columns_at(a.gate, b + p), 0) : V{};
+  }
+  for (int64_t r = 0; r < a.x.rows; ++r)
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t at = (r * 2 + p) * kTile;
+      V v = load(work.acc[0] + at);
+      if (whole) v = v * scale[p];
+      if (gated) {
+        const V gate = load(work.acc[1] + at);
+        v = silu_times(v, whole ? gate * gate_scale[p] : gate);
+      }
+      finish(a, r, (b + p) * kTile, v);
     }
-    finish(a, r, b * kTile, v);
+}
+
+// Results lie a whole row apart; asking for their lines early takes the wait out of storing them.
+INLINE void fetch_results(const QuantCall& a, int64_t b) {
+  const int64_t rows = a.x.rows, n = a.w.n;
+  const float* y = a.y + b * kTile;
+  for (int64_t r = 0; r < rows; ++r, y += n) {
+    __builtin_prefetch(y, 1, 2);
+    __builtin_prefetch(y + kTile, 1, 2);
   }
 }
 
@@ -178,16 +238,16 @@ static void amx_columns(const QuantCall& a, int64_t b0, int64_t b1, Workspace& w
     for (int64_t b = b0; b < b1; ++b) {
       stream_product<BITS>(a.x, a.w, b, work, work.acc[0]);
       if (a.gate.codes) stream_product<BITS>(a.x, a.gate, b, work, work.acc[1]);
-      finish_tiles(a, b, work, 0);
+      finish_tiles(a, b, 1, work);
     }
     return;
   }
   for (int64_t b = b0; b < b1; b += 2) {
     const bool both = b + 1 < b1;
+    fetch_results(a, b);
     square_product<BITS>(a.x, a.w, b, both, work, work.acc[0]);
     if (a.gate.codes) square_product<BITS>(a.x, a.gate, b, both, work, work.acc[1]);
-    finish_tiles(a, b, work, 0);
-    if (both) finish_tiles(a, b + 1, work, 1);
+    finish_tiles(a, b, 1 + both, work);
   }
 }
 

@@ -31,37 +31,66 @@ INLINE VI bytes_wide(const uint8_t* p) {
   return __builtin_convertvector(VB4, VI);
 }
 
+// To integers, half to even.
+INLINE VI nearest(V v) {
+#if defined(__AVX512F__)
+  return (VI)_mm512_cvtps_epi32((__m512)v);
+#else
+  const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds
+  return __builtin_convertvector((v + magic) - magic, VI);
+#endif
+}
+INLINE int32_t top_lane(VI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t top = v[0];
+  for (int l = 1; l < kLanes; ++l) top = v[l] > top ? v[l] : top;
+  return top;
+#endif
+}
+INLINE int32_t sum_lanes_i(VI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += v[l];
+  return sum;
+#endif
+}
+
 // s, q and sum of every block of one row; see quant.h.
 static void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum) {
   typedef int8_t VQ __attribute__((vector_size(QWEN_LANES)));
-  const V magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, half to even
   for (int64_t i = 0; i < k; i += block, q += block, ++scale, ++sum) {
     const int64_t len = smaller(block, k - i);
     VI top = {};  // magnitudes compared as integers, so that a NaN is the largest and is not lost
-    for (int64_t j = 0; j < len; j += kLanes) {
-      const VI bits = (VI)(len - j < kLanes ? load_part(x + i + j, len - j) : load(x + i + j)) & 0x7fffffff;
+    int64_t j = 0;
+    for (; j + kLanes <= len; j += kLanes) {
+      const VI bits = (VI)load(x + i + j) & 0x7fffffff;
       top = bits > top ? bits : top;
     }
-    int32_t most = 0;
-    for (int l = 0; l < kLanes; ++l) most = top[l] > most ? top[l] : most;
+    if (j < len) {
+      const VI bits = (VI)load_part(x + i + j, len - j) & 0x7fffffff;
+      top = bits > top ? bits : top;
+    }
+    const int32_t most = top_lane(top);
     float largest;
     std::memcpy(&largest, &most, sizeof largest);
     const bool none = largest < 3.8e-37f;  // 127 / largest would not be finite
     const V inverse = splat(none ? 0.f : 127.f / largest);
     *scale = none ? 0.f : largest / 127.f;
     VI total = {};
-    for (int64_t j = 0; j < block; j += kLanes) {
+    for (j = 0; j < block; j += kLanes) {
       V v = {};
       if (len - j >= kLanes) v = load(x + i + j);
       else if (len > j) v = load_part(x + i + j, len - j);
-      const VI n = __builtin_convertvector((v * inverse + magic) - magic, VI);
+      const VI n = nearest(v * inverse);
       total += n;
       const VQ narrow = __builtin_convertvector(n, VQ);
       std::memcpy(q + j, &narrow, sizeof narrow);
     }
-    int32_t all = 0;
-    for (int l = 0; l < kLanes; ++l) all += total[l];
-    *sum = all;
+    *sum = sum_lanes_i(total);
   }
 }
 
