@@ -1,0 +1,110 @@
+// Sizes of register tiles, the state of an attention task, and its softmax. Included by attention_isa.cc only.
+#pragma once
+#include "attention_cache.h"
+
+namespace {
+
+using qwen::kGroup;
+using qwen::kKeyBlock;
+using qwen::kPart;
+using qwen::kQueryBlock;
+
+#if defined(__aarch64__)
+constexpr int kWide = 4;                          // vectors side by side in a register tile
+#else
+constexpr int kWide = 2;
+#endif
+constexpr int kSlab = kWide * kLanes;             // floats of a tile's row
+constexpr int kRows = kLanes == 16 ? 8 : 4;       // queries of a register tile
+constexpr int kInGroup = kGroup / kLanes;         // vectors of a group of keys
+constexpr int kDirect = 4 / kInGroup < 1 ? 1 : 4 / kInGroup;  // groups whose scores a lone query sums at once
+constexpr int kBlockGroups = kKeyBlock / kGroup;
+static_assert(kKeyBlock % kSlab == 0 && kQueryBlock % kLanes == 0 && kBlockGroups % kDirect == 0, "whole tiles");
+
+// Softmax state and operands of a block of queries. Tiled arrays: [tile of queries][slab][row][kSlab].
+struct Scratch {
+  float *query;                    // [query][d]
+  float *keys;                     // [slab of keys][d][kSlab]
+  float *values;                   // [slab of d][key][kSlab]
+  float *scores;                   // [query][key]
+  float *sum, *total;              // tiled
+  float *peak, *mass, *factor;     // of the part
+  float *total_peak, *total_mass;
+  float *key_scale, *value_scale;  // of the key block
+  float *row;                      // [d]
+  int64_t slabs;                   // of d
+};
+
+static int64_t scratch_size(int64_t d) {
+  const int64_t padded = round_up(d, kSlab);
+  return round_up(kQueryBlock * d, 16) + kKeyBlock * d + kKeyBlock * padded + kQueryBlock * kKeyBlock +
+         2 * kQueryBlock * padded + 5 * kQueryBlock + 2 * kKeyBlock + padded;
+}
+
+static Scratch carve(float* p, int64_t d) {
+  Scratch s;
+  s.slabs = round_up(d, kSlab) / kSlab;
+  const int64_t tiled = kQueryBlock * s.slabs * kSlab;
+  s.query = p, p += round_up(kQueryBlock * d, 16);
+  s.keys = p, p += kKeyBlock * d;
+  s.values = p, p += kKeyBlock * s.slabs * kSlab;
+  s.scores = p, p += kQueryBlock * kKeyBlock;
+  s.sum = p, p += tiled;
+  s.total = p, p += tiled;
+  float** const small[] = {&s.peak, &s.mass, &s.factor, &s.total_peak, &s.total_mass};
+  for (float** one : small) *one = p, p += kQueryBlock;
+  s.key_scale = p, p += kKeyBlock;
+  s.value_scale = p, p += kKeyBlock;
+  s.row = p;
+  return s;
+}
+
+// Highest score of the first `seen` keys of a row (and `peak`); surplus scores become -inf.
+template <class F>
+INLINE float highest(float* p, const float* key_scale, float peak, int64_t seen) {
+  V best = splat(peak);
+  if constexpr (kScaled<F>)
+    for (int64_t j = 0; j < kKeyBlock; j += kLanes) store(p + j, load(p + j) * load(key_scale + j));
+  for (int64_t j = seen; j < kKeyBlock; ++j) p[j] = -__builtin_inff();
+  for (int64_t j = 0; j < kKeyBlock; j += kLanes) best = maximum(best, load(p + j));
+  return max_all(best);
+}
+
+// Scores to weights relative to the peak; returns their sum.
+template <class F>
+INLINE float weigh(float* p, const float* value_scale, float peak) {
+  V sum = {};
+  for (int64_t j = 0; j < kKeyBlock; j += kLanes) {
+    const V e = exp_v(load(p + j) - splat(peak));
+    sum = sum + e;
+    if constexpr (kScaled<F>) {
+      const V scaled = e * load(value_scale + j);
+      store(p + j, (V)(e == V{} ? (VI)V{} : (VI)scaled));  // a scale nobody wrote must not make 0 a NaN
+    } else {
+      store(p + j, e);
+    }
+  }
+  return sum_lanes(sum);
+}
+
+// total = total and part, both relative to their peaks; n floats in runs of `run`, `stride` apart.
+INLINE void merge_part(float* total, float* total_peak, float* total_mass, const float* part, float peak, float mass,
+                       int64_t runs, int64_t run, int64_t stride) {
+  if (peak == -__builtin_inff()) return;
+  const float next = peak > *total_peak ? peak : *total_peak;
+  const V old = exp_v(splat(*total_peak - next)), add = exp_v(splat(peak - next));
+  *total_mass = *total_mass * old[0] + mass * add[0];
+  *total_peak = next;
+  for (int64_t r = 0; r < runs; ++r)
+    for (int64_t i = 0; i < run; i += kLanes) {
+      float* to = total + r * stride + i;
+      store(to, fma(load(part + r * stride + i), add, load(to) * old));
+    }
+}
+
+static void clear(float* sum, int64_t floats, float* peak, float* mass, int64_t rows) {
+  std::memset(sum, 0, floats * sizeof(float));
+  for (int64_t q = 0; q < rows; ++q) peak[q] = -__builtin_inff(), mass[q] = 0;
+}
+
+}  // namespace
