@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from research.qwen.config import QwenConfig
-from research.qwen.errors import KernelError
+from research.qwen.errors import ConfigError, KernelError
 from research.qwen.kernels.api import CacheSpec, StepView, load_kernels
 from research.qwen.kernels.arrays import widen
 from research.qwen.kernels.cpu import _quota
@@ -199,7 +199,7 @@ def test_a_step_outside_the_cache_is_refused(loaded, view, message):
 
 
 def test_formats_are_checked(loaded):
-    with pytest.raises(KernelError, match="int3"):
+    with pytest.raises(ConfigError, match="int3"):
         loaded.kernels.linear(8, 8, False, "int3")
     with pytest.raises(KernelError, match="uint16"):
         loaded.kernels.parameter(np.zeros((2, 2), np.float32), "bfloat16")
