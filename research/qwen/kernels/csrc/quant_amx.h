@@ -52,11 +52,11 @@ struct Workspace {
 };
 
 // Codes of `blocks` blocks as tiles: where they are, or unpacked.
-template <int BITS>
+template <int BITS, bool FETCH>
 INLINE const uint8_t* tiles_of(const uint8_t* from, int64_t blocks, int64_t block, uint8_t* buffer) {
   const int64_t lines = blocks * block * BITS / 32;
-  for (int64_t i = 0; i < lines; ++i) {
-    fetch_ahead(from + i * 64);
+  for (int64_t i = 0; i < lines && (FETCH || BITS == 4); ++i) {
+    if (FETCH) fetch_ahead(from + i * 64);
     if constexpr (BITS == 4) {
       const VB v = load_codes(from + i * 64), low = low_nibbles(v), high = high_nibbles(v);
       std::memcpy(buffer + i * 128, &low, 64);
@@ -84,21 +84,37 @@ INLINE V add_block(const Rescale& s, V acc, const int32_t* sums, int32_t x_sum, 
   return fma((V)_mm512_cvtepi32_ps(sum), s.grouped ? splat(x_scale) * s.scale : splat(x_scale), acc);
 }
 
+// Codes to be fetched into the second cache, a few lines at a time: memory must be busy while the tiles are.
+struct Ahead {
+  const uint8_t *near, *far;
+  int64_t per_tile, per_row;
+};
+INLINE void fetch(Ahead& ahead, int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) {
+    __builtin_prefetch(ahead.far + i * 64, 0, 2);
+    __builtin_prefetch(ahead.near + i * 64, 0, 3);
+  }
+  ahead.far += lines * 64;
+  ahead.near += lines * 64;
+}
+
 // Sums of one block: rows q, 16 columns. I is the tile.
 template <int I>
-INLINE void stream_sums(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t tiles, int32_t* sums) {
+INLINE void stream_sums(const uint8_t* codes, const int8_t* q, int64_t stride, int64_t tiles, int32_t* sums,
+                        Ahead& ahead) {
   tile_zero<I>();
   for (int64_t t = I * tiles; t < (I + 1) * tiles; ++t) {
     tile_load<4>(q + t * kTileInputs, stride);
     tile_load<6>(codes + t * kTileBytes, 64);
     tile_dot<I, 4, 6>();
+    fetch(ahead, ahead.per_tile);
   }
   tile_store<I>(sums + I * kTile * kTile, 64);
 }
 
 // Adds the sums of the blocks g .. g + run to acc.
 INLINE void add_stream(const QuantInput& x, const Rescale* rescale, int64_t g, int64_t run, const int32_t* sums,
-                       float* acc) {
+                       float* acc, Ahead& ahead) {
   const int64_t rows = x.rows, blocks = x.blocks;
   const float* scale = x.scale + g;
   const int32_t* x_sum = x.sum + g;
@@ -107,6 +123,7 @@ INLINE void add_stream(const QuantInput& x, const Rescale* rescale, int64_t g, i
     for (int64_t i = 0; i < run; ++i)
       v = add_block(rescale[i], v, sums + (i * kTile + r) * kTile, x_sum[i], scale[i]);
     store(acc + r * 2 * kTile, v);
+    fetch(ahead, ahead.per_row);
   }
 }
 
@@ -117,16 +134,18 @@ static void stream_product(const QuantInput& x, const QuantWeight& w, int64_t b,
   const int64_t block = w.block(), bytes = block * 2 * BITS, stride = x.k_padded, per_block = block / kTileInputs;
   for (int64_t g = 0; g < x.blocks; g += kRun) {
     const int64_t run = smaller(kRun, x.blocks - g);
-    const uint8_t* codes = tiles_of<BITS>(c.codes + g * bytes, run, block, work.codes[0]);
+    const uint8_t* codes = tiles_of<BITS, false>(c.codes + g * bytes, run, block, work.codes[0]);
     const int8_t* q = x.q + g * block;
+    const int64_t lines = run * bytes / 64, tiles = run * per_block;
+    Ahead ahead = {c.codes + (g + run) * bytes, c.codes + (g + run) * bytes + kFar, lines / 3 / tiles, (lines - lines / 3 + x.rows - 1) / x.rows};
     for (int64_t i = 0; w.group && i < 2; ++i) __builtin_prefetch(c.scales + g * 32 + kFarScales + i * 64, 0, 2);
-    stream_sums<0>(codes, q, stride, per_block, work.sums);
-    if (run > 1) stream_sums<1>(codes, q, stride, per_block, work.sums);
-    if (run > 2) stream_sums<2>(codes, q, stride, per_block, work.sums);
-    if (run > 3) stream_sums<3>(codes, q, stride, per_block, work.sums);
+    stream_sums<0>(codes, q, stride, per_block, work.sums, ahead);
+    if (run > 1) stream_sums<1>(codes, q, stride, per_block, work.sums, ahead);
+    if (run > 2) stream_sums<2>(codes, q, stride, per_block, work.sums, ahead);
+    if (run > 3) stream_sums<3>(codes, q, stride, per_block, work.sums, ahead);
     Rescale rescale[kRun];
     for (int64_t i = 0; i < run; ++i) rescale[i] = rescale_at<BITS>(c, g + i, w.group);
-    run == kRun ? add_stream(x, rescale, g, kRun, work.sums, acc) : add_stream(x, rescale, g, run, work.sums, acc);
+    run == kRun ? add_stream(x, rescale, g, kRun, work.sums, acc, ahead) : add_stream(x, rescale, g, run, work.sums, acc, ahead);
   }
 }
 
@@ -180,8 +199,8 @@ static void square_product(const QuantInput& x, const QuantWeight& w, int64_t b,
   const int64_t rows = x.rows;
   for (int64_t g0 = 0; g0 < x.blocks; g0 += kSquareRun) {
     const int64_t run = smaller(kSquareRun, x.blocks - g0);
-    const uint8_t* codes0 = tiles_of<BITS>(c0.codes + g0 * bytes, run, block, work.codes[0]);
-    const uint8_t* codes1 = both ? tiles_of<BITS>(c1.codes + g0 * bytes, run, block, work.codes[1]) : codes0;
+    const uint8_t* codes0 = tiles_of<BITS, true>(c0.codes + g0 * bytes, run, block, work.codes[0]);
+    const uint8_t* codes1 = both ? tiles_of<BITS, true>(c1.codes + g0 * bytes, run, block, work.codes[1]) : codes0;
     Rescale left[kSquareRun], right[kSquareRun];
     for (int64_t i = 0; i < run; ++i) {
       left[i] = rescale_at<BITS>(c0, g0 + i, w.group);

@@ -12,9 +12,9 @@ using qwen::QuantInput;
 using qwen::QuantWeight;
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 8;  // rows of x that share one walk over 16 columns
+constexpr int kTileRows = 8, kExactRows = 4;  // rows of x that share one walk over 16 columns
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kExactRows = 2;
 #endif
 // Codes are fetched far ahead into the second cache (the first has too few lines on the way at a time to keep memory
 // busy), and from there a little ahead into the first.
@@ -255,12 +255,19 @@ static void integer(const QuantCall& a, int64_t b0, int64_t b1, void* work) {
 
 // code - zero of one input, kLanes columns; v holds four (or eight) inputs of each.
 template <int BITS>
-INLINE V centred(VB v, int input, VI zero) {
+INLINE V centred(VB v, int input, V zero) {
   const int shift = BITS == 8 ? 8 * input : input < 4 ? 8 * input : 8 * (input - 4) + 4;
-  return as_float((VI)(((VU)v >> shift) & (BITS == 8 ? 255u : 15u)) - zero);
+  const VU moved = (VU)v >> shift;
+#if defined(__AVX512F__)
+  if constexpr (BITS == 4) {  // a look-up of 16 floats, which takes no notice of the bits above
+    const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (V)_mm512_permutexvar_ps((__m512i)moved, levels) - zero;
+  }
+#endif
+  return as_float((VI)(moved & (BITS == 8 ? 255u : 15u))) - zero;
 }
 
-// Float activations: within a block one sum in order of the inputs, times the scale; blocks in order.
+// Float activations: within a block four sums, of every fourth input, times the scale; blocks in order.
 template <int BITS, int R>
 static void exact_tile(const QuantCall& a, int64_t r0, int64_t b) {
   constexpr int kInputs = 32 / BITS;
@@ -268,9 +275,9 @@ static void exact_tile(const QuantCall& a, int64_t r0, int64_t b) {
   const int64_t block = a.w.block(), bytes = block * 2 * BITS, stride = a.x.k_padded;
   V total[R][kParts] = {};
   for (int64_t g = 0; g < a.x.blocks; ++g) {
-    V sum[R][kParts] = {};
-    VI zero[kParts];
-    for (int p = 0; p < kParts; ++p) zero[p] = zero_of<BITS>(c, a.w.group ? g : 0, p);
+    V sum[R][kParts][4] = {};
+    V zero[kParts];
+    for (int p = 0; p < kParts; ++p) zero[p] = as_float(zero_of<BITS>(c, a.w.group ? g : 0, p));
     for (int64_t i = 0; i < block; i += kInputs) {
       const uint8_t* from = c.codes + g * bytes + i / kInputs * 64;
       const float* x = a.rows_f + r0 * stride + g * block + i;
@@ -282,13 +289,16 @@ static void exact_tile(const QuantCall& a, int64_t r0, int64_t b) {
         for (int j = 0; j < kInputs; ++j) {
           const V weight = centred<BITS>(v, j, zero[p]);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) sum[r][p] = fma(splat(x[r * stride + j]), weight, sum[r][p]);
+          for (int r = 0; r < R; ++r) sum[r][p][j % 4] = fma(splat(x[r * stride + j]), weight, sum[r][p][j % 4]);
         }
       }
     }
     for (int p = 0; p < kParts; ++p) {
       const V scale = a.w.group ? group_scale(c, g, p) : row_scale(c, p);
-      for (int r = 0; r < R; ++r) total[r][p] = fma(sum[r][p], scale, total[r][p]);
+      for (int r = 0; r < R; ++r) {
+        const V* s = sum[r][p];
+        total[r][p] = fma((s[0] + s[1]) + (s[2] + s[3]), scale, total[r][p]);
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -299,7 +309,7 @@ template <int BITS>
 static void exact_tiles(const QuantCall& a, int64_t b0, int64_t b1) {
   for (int64_t b = b0; b < b1; ++b) {
     int64_t r = 0;
-    for (; r + 4 <= a.x.rows; r += 4) exact_tile<BITS, 4>(a, r, b);
+    for (; r + kExactRows <= a.x.rows; r += kExactRows) exact_tile<BITS, kExactRows>(a, r, b);
     for (; r < a.x.rows; ++r) exact_tile<BITS, 1>(a, r, b);
   }
 }
