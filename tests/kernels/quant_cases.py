@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +51,10 @@ class Matrix:
 
     def parts(self) -> list[NDArray[Any]]:
         return [self.arrays.get(name, NOTHING) for name in ("weight", "scales", "zeros")]
+
+    def moved(self, move: Callable[[NDArray[Any]], NDArray[Any]]) -> Matrix:
+        """The same with every array put elsewhere."""
+        return Matrix(self.codes, {name: move(array) for name, array in self.arrays.items()})
 
     @property
     def order(self) -> NDArray[Any]:
@@ -110,3 +117,25 @@ def gated(native: NativeLibrary, x: NDArray[np.float32], a: Matrix, b: Matrix) -
     y = np.full((len(x), a.shape[0]), np.nan, np.float32)
     assert native.bind("QwenTestQuantGated", [x, *a.parts(), a.order, a.about, *b.parts()], y)() == 0
     return y
+
+
+class EndOfPage:
+    """Copies of arrays that end where memory ends: a read behind one kills the process."""
+
+    def __init__(self) -> None:
+        self._kept: list[mmap.mmap] = []
+
+    def __call__(self, array: NDArray[Any]) -> NDArray[Any]:
+        if not array.size:
+            return array
+        page = mmap.PAGESIZE
+        length = -(-array.nbytes // page) * page
+        region = mmap.mmap(-1, length + page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(region))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(address + length), ctypes.c_size_t(page), 0) == 0
+        self._kept.append(region)
+        copy: NDArray[Any] = np.frombuffer(region, array.dtype, array.size, length - array.nbytes)
+        copy = copy.reshape(array.shape)
+        copy[...] = array
+        return copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from research.qwen.kernels.native import ISAS, NativeLibrary
 from research.qwen.quant import schemes
 from tests.kernels import cpu_truth
 from tests.kernels import quant_cases as cases
+from tests.kernels.test_cpu_kernels import unaligned
 
 # Marked because a first run compiles the library for some seconds; MindSpore itself is not imported here.
 pytestmark = pytest.mark.mindspore
@@ -150,3 +152,85 @@ def test_dequantised_rows(native, rng, text, order):
     y = np.full((len(rows), k), np.nan, np.float32)
     assert native.bind("QwenTestDequantizeRows", [*m.parts(), m.order, m.about, rows], y)() == 0
     np.testing.assert_array_equal(y, schemes.dequantize_packed(m.arrays, m.scheme, n, k)[rows])
+
+
+def everything(native, m, other, x, residual):
+    """Results of every kernel with these weights."""
+    return [
+        cases.run(native, x, m, residual[0], residual),
+        cases.run(native, x, m, residual[0], residual, "QwenTestFloatLinear"),
+        cases.gated(native, x, m, other),
+    ]
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+def test_arrays_at_the_end_of_memory_and_unaligned(native, rng, text):
+    n, k = 45, 330
+    a, b = (cases.matrix(rng, text, n, k, order=text == "int4") for _ in range(2))
+    b.arrays.update({"order": a.order} if len(a.order) else {})
+    for rows in (1, 4, 6, 16, 35):
+        x = cases.activations(rng, rows, k) / 100
+        residual = rng.standard_normal((rows, n)).astype(np.float32)
+        wanted = everything(native, a, b, x, residual)
+        edge = cases.EndOfPage()
+        places = [edge, *(lambda array, offset=offset: unaligned(array, offset) for offset in (4, 8, 17))]
+        for move in places:
+            results = everything(native, a.moved(move), b.moved(move), move(x), move(residual))
+            for got, right in zip(results, wanted, strict=True):
+                np.testing.assert_array_equal(got, right)
+        y = edge(np.zeros((rows, n), np.float32))
+        assert (
+            native.bind("QwenTestQuantLinear", [x, *a.parts(), a.order, a.about, residual[0], residual], y)()
+            == 0
+        )
+        np.testing.assert_array_equal(y, wanted[0])
+
+
+@pytest.mark.parametrize("text", ["int8", "int4", "int8-g64"])
+def test_threads_do_not_change_a_bit(native, rng, text):
+    a, b = cases.matrix(rng, text, 1000, 200), cases.matrix(rng, text, 1000, 200)
+    for rows in (1, 9, 40):
+        x = cases.activations(rng, rows, 200) / 100
+        residual = rng.standard_normal((rows, 1000)).astype(np.float32)
+        native.set_threads(1)
+        one = everything(native, a, b, x, residual)
+        for count in (2, 5):
+            native.set_threads(count)
+            for got, right in zip(everything(native, a, b, x, residual), one, strict=True):
+                np.testing.assert_array_equal(got, right)
+        native.set_threads(2)
+
+
+@pytest.mark.parametrize("text", cases.SCHEMES)
+def test_instruction_sets_with_fused_products_agree_bit_for_bit(rng, text, tmp_path):
+    libraries = []
+    for isa in ("amx", "vnni", "avx512", "avx2", "dot"):
+        with suppress(KernelError):
+            libraries.append(load(isa, tmp_path))
+    a, b = cases.matrix(rng, text, 83, 700), cases.matrix(rng, text, 83, 700)
+    for rows in (1, 4, 8, 16, 50):
+        x = cases.activations(rng, rows, 700) / 100
+        residual = rng.standard_normal((rows, 83)).astype(np.float32)
+        results = [everything(library, a, b, x, residual) for library in libraries]
+        for other in results[1:]:
+            for got, right in zip(other, results[0], strict=True):
+                np.testing.assert_array_equal(got, right)
+
+
+def test_what_does_not_fit_is_refused(native, rng):
+    m = cases.matrix(rng, "int4", 32, 128)
+    x = cases.activations(rng, 2, 128)
+    y = np.zeros((2, 32), np.float32)
+    for about in ([32, 128, 5, 128], [32, 128, 4, 96], [0, 128, 4, 128], [32, 64, 4, 128]):
+        inputs = [x, *m.parts(), m.order, np.array(about, np.int64), cases.NOTHING, cases.NOTHING]
+        assert native.bind("QwenTestQuantLinear", inputs, y)() == 1
+        assert native.bind("QwenTestFloatLinear", inputs, y)() == 1
+    assert not y.any()
+
+
+def test_what_is_not_finite_shows(native, rng):
+    m = cases.matrix(rng, "int4", 20, 256)
+    x = cases.activations(rng, 3, 256)
+    x[1, 130] = np.nan
+    y = cases.run(native, x, m)
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
