@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,49 @@ from numpy.typing import NDArray
 from research.qwen.config import QwenConfig
 from research.qwen.weights.names import expected
 from research.qwen.weights.writers import OutputTensor, write_safetensors
+from scripts.bench_gguf import quantize, write_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
-STORED, WIDE, EXPORTED = "stored-bf16", "stored-f32", "qwen2"
+STORED, EXPORTED = "bfloat16", "qwen2"
 BLOCK = 1 << 22
 SPREAD = 0.02  # standard deviation of the weights
+SMALLEST = np.float32(2.0**-14)  # no weight is a subnormal number of any storage type
 
 
-def folder_for(work: Path, contender: str) -> Path:
-    """Which checkpoint a contender loads."""
-    return work / {"cpu-f32": WIDE, "transformers": EXPORTED}.get(contender, STORED)
+def make_all(
+    work: Path, config: QwenConfig, files: dict[str, str], threads: int, progress: Callable[[str], None]
+) -> list[str]:
+    """Write what the contenders (name -> file) need and is not there yet; a note for each whose package is missing."""
+    notes = []
+    for name, file in files.items():
+        package = {"llama": "llama_cpp", "trans": "transformers"}.get(name[:5])
+        if package and importlib.util.find_spec(package) is None:
+            notes.append(f"{name}: {package} is not installed")
+        elif not (work / file).exists():
+            progress(f"making {work / file}")
+            make(work, config, file, threads)
+    return notes
 
 
-def make_checkpoints(work: Path, config: QwenConfig, contenders: list[str]) -> None:
-    """Write what the contenders need and is not there yet."""
-    wanted = {folder_for(work, name).name for name in contenders}
-    write_random(work / STORED, config, "bfloat16")
-    if WIDE in wanted:
-        write_random(work / WIDE, config, "float32")
-    if EXPORTED in wanted and not (work / EXPORTED).exists():
-        subprocess.run(
-            [
-                *(sys.executable, ROOT / "convert_weight.py", "--export", "qwen2"),
-                *("--torch_ckpt_dir", work / STORED, "--output", work / EXPORTED),
-            ],
-            check=True,
-            stdout=sys.stderr,
+def make(work: Path, config: QwenConfig, file: str, threads: int) -> None:
+    """One checkpoint, and first the one it is made of."""
+    plain = work / STORED
+    write_random(plain, config, "bfloat16")
+    if file == EXPORTED:
+        _python(
+            "convert_weight.py", "--export", "qwen2", "--torch_ckpt_dir", plain, "--output", work / EXPORTED
         )
+    elif file in ("int4", "int8"):
+        _python("-m", "research.qwen.cli", "quantize", plain, work / file, "--dtype", file)
+    elif file.endswith(".gguf"):
+        gguf, recipe = work / "f16.gguf", Path(file).stem
+        write_gguf(plain, gguf)
+        if recipe != "f16":
+            quantize(gguf, work / file, recipe, threads)
+
+
+def _python(*command: str | Path) -> None:
+    subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
 def write_random(folder: Path, config: QwenConfig, dtype: str) -> None:
@@ -80,4 +97,5 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor
 def _normal(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
     """Normal numbers; a long block repeats a shorter one at a random offset, which is 20 times quicker."""
     base = rng.standard_normal(min(count, 1 << 18), np.float32) * np.float32(SPREAD)
+    base = np.copysign(np.maximum(np.abs(base), SMALLEST), base)
     return np.resize(np.roll(base, int(rng.integers(len(base)))), count)

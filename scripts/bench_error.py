@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def checkpoint(args: argparse.Namespace, work: Path) -> Path:
     """Random weights of the shape."""
-    from scripts.bench_checkpoint import folder_for, make_checkpoints
+    from scripts.bench_checkpoint import STORED, write_random
 
     config = SIZES[args.size]
     if args.layers:
         config = with_changes(config, num_layers=args.layers)
-    make_checkpoints(work, config, ["cpu"])
-    return folder_for(work, "cpu")
+    write_random(work / STORED, config, "bfloat16")
+    return work / STORED
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
