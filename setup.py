@@ -131,6 +131,8 @@ setup(
             "transformers==4.57.1",  # judge of the Qwen2 export; also what MindFormers pins
             "Jinja2>=3.1.6,<4",
         ],
+        # Peers of scripts/bench.py and its chart; docs/benchmarks.md says how to build llama.cpp for the machine.
+        "bench": [TORCH, "transformers==4.57.1", "llama-cpp-python==0.3.36", "matplotlib>=3.9,<4"],
         # Named from the start, filled when the part that needs them arrives.
         "serve": [],
         "finetune": [],
