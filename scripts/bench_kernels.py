@@ -1,6 +1,6 @@
 """Speed of the cpu kernels beside a plain read of memory, MindSpore's MatMul and (if installed) torch; JSON on stdout.
 
-    python scripts/bench_kernels.py [--threads 2] [--seconds 1.0] [--only gemv|gemm]
+    python scripts/bench_kernels.py [--threads 2] [--seconds 1.0] [--only gemv|gemm|quant]
 
 Contenders of one case take turns, so that a busy machine slows all of them alike; the best and the median are given.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ import numpy as np
 
 from research.qwen.kernels.build import library_path
 from research.qwen.kernels.native import NativeLibrary
+from research.qwen.quant.schemes import Scheme, packed_shapes
 
 GEMV = ((2048, 2048), (6144, 2048), (5504, 2048), (2048, 5504), (151936, 2048))
 GEMM = ((5504, 2048), (2048, 5504))
+QUANT = ((6144, 2048), (2048, 2048), (5504, 2048), (2048, 5504), (151936, 2048))
 STREAM_BYTES = 1 << 30  # weights are rotated through this much memory, more than a cache can keep
 SUFFIX = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 Run = Callable[[], object]
@@ -125,7 +127,65 @@ def bench_gemm(native: NativeLibrary, threads: int, seconds: float) -> list[dict
     return report
 
 
-BENCHES = {"gemv": bench_gemv, "gemm": bench_gemm}
+def packed(text: str, n: int, k: int, copies: int) -> list[list[np.ndarray]]:
+    """Random integer matrices as the kernels take them: weight, scales, zeros, order, n k bits group."""
+    scheme = Scheme.parse(text)
+    rng, nothing = np.random.default_rng(3), np.empty(0, np.float32)
+    shapes = packed_shapes(scheme, n, k)
+    first = {
+        "weight": rng.integers(0, 256, shapes["weight"][0], np.uint8),
+        "scales": np.full(*shapes["scales"][:1], 0.01, shapes["scales"][1]),
+        "zeros": rng.integers(0, scheme.top, shapes["zeros"][0], np.uint8) if scheme.zeros else nothing,
+    }
+    about = np.array([n, k, scheme.bits, scheme.group], np.int64)
+    return [[*(array.copy() for array in first.values()), nothing, about] for _ in range(copies)]
+
+
+def bench_quant(native: NativeLibrary, threads: int, seconds: float) -> list[dict[str, Any]]:
+    """Integer weights: GB/s of weights beside a plain read of memory, and 10^12 integer operations a second."""
+    memory, nothing = np.ones(STREAM_BYTES // 4, np.float32), np.empty(0, np.float32)
+    names = {"integer": "QwenTestQuantLinear", "float": "QwenTestFloatLinear"}
+    report = []
+    cases = [
+        *itertools.product(QUANT, ("int4", "int8"), (1, 8, 16)),
+        *itertools.product(QUANT[:4], ("int4", "int8"), (512,)),
+    ]
+    for (n, k), text, rows in cases:
+        size = sum(array.nbytes for array in packed(text, n, k, 1)[0][:2])
+        matrices = packed(text, n, k, -(-STREAM_BYTES // size) if rows < 512 else 4)
+        x = np.random.default_rng(1).standard_normal((rows, k)).astype(np.float32)
+        y = np.empty((rows, n), np.float32)
+        contenders: dict[str, Run] = {"read": lambda: native.read_memory(memory)}
+        for kind in names if rows == 1 else ("integer",):
+            calls = itertools.cycle(
+                [native.bind(names[kind], [x, *m, nothing, nothing], y) for m in matrices]
+            )
+            contenders[kind] = _in_turn(calls)
+        times = race(contenders, seconds)
+        report.append(
+            {
+                "shape": [n, k],
+                "scheme": text,
+                "rows": rows,
+                "gigabytes_per_s": {
+                    name: _rates((memory.nbytes if name == "read" else size) / 1e9, spent)
+                    for name, spent in times.items()
+                },
+                "tera_operations_per_s": _rates(2e-12 * rows * n * k, times["integer"]),
+            }
+        )
+    return report
+
+
+def _in_turn(calls: Iterator[Run]) -> Run:
+    return lambda: next(calls)()
+
+
+def _rates(amount: float, spent: dict[str, float]) -> dict[str, float]:
+    return {key: round(amount / seconds, 3) for key, seconds in spent.items()}
+
+
+BENCHES = {"gemv": bench_gemv, "gemm": bench_gemm, "quant": bench_quant}
 
 
 def build_parser() -> argparse.ArgumentParser:
