@@ -24,7 +24,8 @@ class Turn {
 };
 
 using Job = void (*)(void* context, int64_t begin, int64_t end);
-// Calls job on pieces of [0, count), each at most `piece` long, on all threads; inside a Turn.
+// Calls job on pieces of [0, count), each at most `piece` long, on all threads; inside a Turn. A thread's pieces follow
+// one another, so small pieces cost little and still read memory as one stream.
 void run_pieces(int64_t count, int64_t piece, Job job, void* context);
 
 template <class F>

@@ -6,7 +6,8 @@
 namespace qwen {
 
 struct QuantWeight {
-  const uint8_t* codes;   // 8 bits: (n/16, k/4, 16, 4); 4 bits: (n/16, k/8, 16, 4); n and k padded; any alignment
+  const uint8_t* codes;   // 8 bits: (n/16, k/4, 16, 4); 4 bits: (n/16, k/8, 16, 4); n and k padded; any alignment,
+                          // but 10 to 20 % faster at a multiple of 64 bytes
   const void* scales;     // float16 (n/16, groups, 16); group 0: float32 (n/16, 1, 16)
   const uint8_t* zeros;   // (n/16, groups, 16), or null: 8 (4 bits) or 128 (8 bits) everywhere
   const int32_t* order;   // (k,) or null: the stored input i is x[order[i]]
@@ -27,7 +28,8 @@ struct QuantInput {
 
 int64_t quant_input_bytes(int64_t rows, int64_t k, int64_t block);  // of the buffer below
 
-// All that follows works on all threads, inside a Turn. order may be null.
+// All that follows works on all threads, inside a Turn, and uses thread_scratch; float_linear also shared_scratch.
+// order may be null.
 QuantInput quantize_rows(const float* x, int64_t rows, int64_t k, int64_t block, const int32_t* order, void* buffer);
 // The same of qwen::rms_norm(x, norm, eps), bit for bit. q has no rows (null) when memory runs out.
 QuantInput norm_quantize_rows(const float* x, const float* norm, float eps, int64_t rows, int64_t k, int64_t block,
