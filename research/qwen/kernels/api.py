@@ -113,9 +113,12 @@ class Kernels(Protocol):
         """
 
     def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> nn.Cell:
-        """Cell (x (T, hidden), step tuple) -> (T, hidden): a whole pre-norm layer, parameters as in ``layer.Layer``.
+        """Cell (x (T, hidden), step tuple) -> (T, hidden): a whole pre-norm layer, parameters as in ``layer.Layer``."""
 
-        One call, so that a backend may fuse as much of it as it likes.
+    def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[nn.Cell]) -> nn.Cell | None:
+        """Cell (x, step tuple) -> (T, hidden) that runs all layers at once on their parameters, or None.
+
+        Its ``refresh()`` is called before every run: what is no input of the graph must be looked up there.
         """
 
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ the branch and no flag has to be kept in step with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -102,6 +102,10 @@ class AscendKernels:
     def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> nn.Cell:
         """Cell (x, step) -> (T, hidden) from the cells above."""
         return Layer(config, self, cache, prefix, fmt)
+
+    def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[nn.Cell]) -> None:
+        """The layers run one by one."""
+        return None
 
     def graph_key(self, view: StepView) -> str:
         """``prefill`` if every run starts its sequence, else ``paged``."""

@@ -8,7 +8,7 @@ the same row computed alone, bit for bit, whatever the number of rows, threads o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
 from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
 from research.qwen.kernels.build import library_path
-from research.qwen.kernels.cpu_layer import FusedLayer, PackedEmbedding, PackedLinear, float_plan
+from research.qwen.kernels.cpu_layer import FusedStack, PackedEmbedding, PackedLinear, float_plan
 from research.qwen.kernels.cpu_ops import F32, I32, TYPES, operator
 from research.qwen.kernels.kv_layout import SUFFIX, cache_arrays, read_cache
 from research.qwen.kernels.layer import Layer
@@ -67,6 +67,10 @@ class Linear(nn.Cell):  # type: ignore[misc]
             raise ValueError(
                 f"linear weight has shape {self.weight.shape}, expected {self.shape}; load it first"
             )
+        return self.parts()
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The parameters in the order of the kernels' inputs, loaded or not."""
         if self.has_bias:
             return (self.weight, self.bias)
         return (self.weight,)
@@ -187,11 +191,13 @@ class CpuKernels:
             return Embedding(self._library, rows, dim, fmt)
         return PackedEmbedding(self._library, rows, dim, packed)
 
-    def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> FusedLayer:
-        """Cell (x, step) -> (T, hidden): the whole layer as one operator."""
-        if not hasattr(Attention, "caches"):
-            return Layer(config, self, cache, prefix, fmt)
-        return FusedLayer(self._library, config, self, cache, prefix, fmt, self._exact)
+    def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> Layer:
+        """Cell (x, step) -> (T, hidden) from the cells above; ``fuse`` makes one operator of all layers."""
+        return Layer(config, self, cache, prefix, fmt)
+
+    def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[Layer]) -> FusedStack:
+        """Cell (x, step) -> (T, hidden): all layers as one operator."""
+        return FusedStack(self._library, config, cache, list(layers), self._exact)
 
     def rms_norm(self, dim: int, eps: float) -> RmsNorm:
         """Cell (T, dim) -> (T, dim)."""

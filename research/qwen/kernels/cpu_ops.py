@@ -15,8 +15,8 @@ from mindspore.ops import CustomRegOp, DataType
 
 from research.qwen.errors import KernelError
 
-NAMES = 16  # QwenLayer0 .. 15 and so on: see csrc/ops_layer.cc
-F32, I32 = DataType.F32_Default, DataType.I32_Default
+NAMES = 16  # QwenPacked0 .. 15 and so on: see csrc/ops_layer.cc
+F32, I32, I64 = DataType.F32_Default, DataType.I32_Default, DataType.I64_Default
 TYPES: dict[Any, Any] = {
     np.float32: F32,
     np.int32: I32,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -50,6 +50,10 @@ class ReferenceKernels:
     def layer(self, config: QwenConfig, cache: CacheSpec, prefix: str, fmt: FormatOf) -> nn.Cell:
         """Cell (x, step) -> (T, hidden) from the cells above."""
         return Layer(config, self, cache, prefix, fmt)
+
+    def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[nn.Cell]) -> None:
+        """The layers run one by one."""
+        return None
 
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
         """Tables plus the maps between flattened tokens and rows padded to the longest run."""

@@ -17,7 +17,7 @@ from research.qwen.model.qwen import QwenModel
 from research.qwen.weights.names import expected
 
 SMALL = (".bias", ".ln_1.weight", ".ln_2.weight", ".ln_f.weight")
-_CACHES = ("key_cache", "value_cache", "key_scales", "value_scales")
+_STATE = ("key_cache", "value_cache", "key_scales", "value_scales", "addresses")
 
 
 class TensorSource(Protocol):
@@ -35,8 +35,8 @@ class TensorSource(Protocol):
 
 
 def is_cache(name: str) -> bool:
-    """Whether a parameter name belongs to a KV cache and is not a weight."""
-    return name.endswith(_CACHES)
+    """Whether a parameter is a backend's own, such as the KV cache, and not a weight."""
+    return name.endswith(_STATE)
 
 
 def weight_parameters(model: QwenModel) -> dict[str, Parameter]:

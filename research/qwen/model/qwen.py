@@ -21,10 +21,13 @@ class Transformer(nn.Cell):
         self.h = nn.CellList(
             [kernels.layer(config, cache, f"transformer.h.{i}", fmt) for i in range(config.num_layers)]
         )
+        self.fused = kernels.fuse(config, cache, list(self.h))
         self.ln_f = kernels.rms_norm(config.hidden_size, config.layer_norm_epsilon)
 
     def construct(self, ids: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         x = self.wte(ids)
+        if self.fused is not None:
+            return self.fused(x, step)
         for layer in self.h:
             x = layer(x, step)
         return x

@@ -86,6 +86,8 @@ class Runtime:
     def _run(self, ids: NDArray[np.int32], rows: NDArray[np.int32], view: StepView) -> NDArray[np.float32]:
         step = self.kernels.make_step(view, self.config, self.cache)
         with self._lock, held():
+            if self.model.transformer.fused is not None:
+                self.model.transformer.fused.refresh()
             self._select(self.kernels.graph_key(view))
             out = self._call(Tensor.from_numpy(ids), Tensor.from_numpy(rows), *step)
         return np.asarray(out.asnumpy(), np.float32)

@@ -1,5 +1,5 @@
-// The fused layer and packed matrices as MindSpore calls them. MindSpore keeps one registration a name, with the number
-// and types of the inputs, so there are several names for each operator: Python takes one for every set of types.
+// The fused layers and packed matrices as MindSpore calls them. MindSpore keeps one registration a name, with the number
+// and types of the inputs, so a packed matrix has several names: Python takes one for every set of types.
 #include <initializer_list>
 
 #include "isa.h"
@@ -11,9 +11,9 @@
 namespace qwen {
 namespace {
 
-// `plan` (int32): what the inputs behind it are. Written by kernels/cpu_cells.py.
+// `plan` (int32): what the inputs behind it are. Written by kernels/cpu_layer.py.
 enum MatrixPlan { kFormat, kBits, kGroup, kZeros, kOrder, kBias, kN, kK, kMatrixPlan };
-enum LayerPlan { kEps, kExact, kCacheFormat, kHeads, kHeadDim, kBlockSize, kMatrices };
+enum LayerPlan { kEps, kExact, kCacheFormat, kHeads, kHeadDim, kBlockSize, kBlocks, kLayers, kMatrices };
 constexpr int32_t kPacked = 3;  // kFormat of packed integers, after kF32, kBF16, kF16
 
 // Takes the inputs of one matrix, in the order weight, scales, zeros, order, bias.
@@ -48,8 +48,59 @@ void** read_cache(int format, void** p, AttentionArgs* a) {
   return p;
 }
 
-// inputs x, plan, cos, sin, logn, slots, tables, q_lens, kv_lens, keys, values[, key scales, value scales], ln_1, ln_2,
-// then c_attn, attn.c_proj, w1, w2, mlp.c_proj; output like x
+// What all layers of a pass share. p and shapes: cos, sin, logn, slots, tables, q_lens, kv_lens.
+bool read_step(const int32_t* plan, void** p, int64_t** shapes, LayerArgs* a) {
+  __builtin_memcpy(&a->eps, plan + kEps, sizeof a->eps);
+  a->exact = plan[kExact];
+  AttentionArgs& at = a->attention;
+  at.cos = static_cast<const float*>(p[0]), at.sin = static_cast<const float*>(p[1]);
+  at.logn = static_cast<const float*>(p[2]);
+  at.slots = static_cast<const int32_t*>(p[3]), at.tables = static_cast<const int32_t*>(p[4]);
+  at.q_lens = static_cast<const int32_t*>(p[5]), at.kv_lens = static_cast<const int32_t*>(p[6]);
+  at.tokens = a->rows, at.sequences = shapes[4][0], at.width = shapes[4][1];
+  at.format = plan[kCacheFormat];
+  at.blocks = plan[kBlocks], at.block_size = plan[kBlockSize], at.heads = plan[kHeads], at.d = plan[kHeadDim];
+  return at.heads * at.d == a->hidden && shapes[0][0] == a->rows && shapes[0][1] * 2 == at.d &&
+         shapes[1][0] == a->rows && shapes[2][0] == a->rows && shapes[3][0] == a->rows &&
+         shapes[5][0] == at.sequences && shapes[6][0] == at.sequences;
+}
+
+// One layer's own: cache, ln_1, ln_2, then c_attn, attn.c_proj, w1, w2, mlp.c_proj. Moves plan and p behind them.
+void read_layer(int cache_format, const int32_t*& plan, void**& p, LayerArgs* a) {
+  p = read_cache(cache_format, p, &a->attention);
+  a->ln_1 = static_cast<const float*>(*p++);
+  a->ln_2 = static_cast<const float*>(*p++);
+  for (Matrix* m : {&a->c_attn, &a->attn_proj, &a->w1, &a->w2, &a->mlp_proj}) {
+    *m = read_matrix(plan, p);
+    plan += kMatrixPlan;
+  }
+}
+
+// All layers one after another. inputs x, plan, table, then as for read_step; output like x. `table` (int64) holds the
+// addresses of what read_layer takes, layer after layer: as inputs they would cost MindSpore 0.1 ms a layer and token.
+int stack_op(void** p, int64_t** shapes) {
+  if (isa() == kNone) return 1;
+  const auto* plan = static_cast<const int32_t*>(p[1]);
+  LayerArgs a;
+  a.x = static_cast<const float*>(p[0]);
+  a.y = static_cast<float*>(p[10]);
+  a.rows = shapes[0][0], a.hidden = shapes[0][1];
+  if (!read_step(plan, p + 3, shapes + 3, &a)) return 1;
+  if (!attention_fits(a.attention)) return 2;
+  static_assert(sizeof(void*) == sizeof(int64_t), "addresses travel as int64");
+  void** own = static_cast<void**>(p[2]);
+  void** const end = own + shapes[2][0];
+  const int32_t* matrices = plan + kMatrices;
+  Turn turn;
+  for (int i = 0; i < plan[kLayers]; ++i, a.x = a.y) {
+    if (own >= end) return 1;
+    read_layer(plan[kCacheFormat], matrices, own, &a);
+    if (const int error = layer(a)) return error;
+  }
+  return own == end ? 0 : 1;
+}
+
+// The same for one layer with everything as inputs, for tests: x, plan, then as for read_step and read_layer.
 int layer_op(int count, void** p, int64_t** shapes) {
   if (isa() == kNone) return 1;
   const auto* plan = static_cast<const int32_t*>(p[1]);
@@ -57,29 +108,12 @@ int layer_op(int count, void** p, int64_t** shapes) {
   a.x = static_cast<const float*>(p[0]);
   a.y = static_cast<float*>(p[count - 1]);
   a.rows = shapes[0][0], a.hidden = shapes[0][1];
-  __builtin_memcpy(&a.eps, plan + kEps, sizeof a.eps);
-  a.exact = plan[kExact];
-  AttentionArgs& at = a.attention;
-  at.cos = static_cast<const float*>(p[2]), at.sin = static_cast<const float*>(p[3]);
-  at.logn = static_cast<const float*>(p[4]);
-  at.slots = static_cast<const int32_t*>(p[5]), at.tables = static_cast<const int32_t*>(p[6]);
-  at.q_lens = static_cast<const int32_t*>(p[7]), at.kv_lens = static_cast<const int32_t*>(p[8]);
-  at.tokens = a.rows, at.sequences = shapes[6][0], at.width = shapes[6][1];
-  at.blocks = shapes[9][0], at.block_size = plan[kBlockSize], at.heads = plan[kHeads], at.d = plan[kHeadDim];
-  void** rest = read_cache(plan[kCacheFormat], p + 9, &at);
-  const bool fits = at.heads * at.d == a.hidden && shapes[2][0] == a.rows && shapes[2][1] * 2 == at.d &&
-                    shapes[3][0] == a.rows && shapes[4][0] == a.rows && shapes[5][0] == a.rows &&
-                    shapes[7][0] == at.sequences && shapes[8][0] == at.sequences;
-  if (!fits) return 1;
-  if (!attention_fits(at)) return 2;
-  a.ln_1 = static_cast<const float*>(*rest++);
-  a.ln_2 = static_cast<const float*>(*rest++);
-  const int32_t* matrix = plan + kMatrices;
-  for (Matrix* m : {&a.c_attn, &a.attn_proj, &a.w1, &a.w2, &a.mlp_proj}) {
-    *m = read_matrix(matrix, rest);
-    matrix += kMatrixPlan;
-  }
-  if (rest != p + count - 1) return 1;
+  if (!read_step(plan, p + 2, shapes + 2, &a)) return 1;
+  if (!attention_fits(a.attention)) return 2;
+  const int32_t* matrices = plan + kMatrices;
+  void** own = p + 9;
+  read_layer(plan[kCacheFormat], matrices, own, &a);
+  if (own != p + count - 1) return 1;
   Turn turn;
   return layer(a);
 }
@@ -115,11 +149,6 @@ int packed_embedding_op(int count, void** p, int64_t** shapes) {
 #define EACH_NAME(define) define(0) define(1) define(2) define(3) define(4) define(5) define(6) define(7) \
   define(8) define(9) define(10) define(11) define(12) define(13) define(14) define(15)
 
-#define LAYER(i) \
-  KERNEL(QwenLayer##i) { return qwen::layer_op(count, p, shapes); } \
-  INFER(QwenLayer##i) { return qwen::like(ndims[0], shapes[0]); }
-EACH_NAME(LAYER)
-
 // Rows of a packed matrix are a multiple of 16; the cell cuts surplus columns off.
 #define PACKED(i) \
   KERNEL(QwenPacked##i) { return qwen::packed_op(count, p, shapes); } \
@@ -131,3 +160,8 @@ EACH_NAME(PACKED)
   KERNEL(QwenPackedEmbedding##i) { return qwen::packed_embedding_op(count, p, shapes); } \
   INFER(QwenPackedEmbedding##i) { return {shapes[0][0], shapes[1][1]}; }
 EACH_NAME(PACKED_EMBEDDING)
+
+KERNEL(QwenStack) { return qwen::stack_op(p, shapes); }
+INFER(QwenStack) { return qwen::like(ndims[0], shapes[0]); }
+
+KERNEL(QwenTestLayer) { return qwen::layer_op(count, p, shapes); }
