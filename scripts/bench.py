@@ -44,6 +44,7 @@ class Worker:
 
     def __init__(self, kind: str, path: Path, threads: int, *flags: str):
         command = [sys.executable, str(ROOT / "scripts" / "bench_worker.py"), kind, str(path), str(threads)]
+        self.name = f"{kind}, {path.name}"
         begin = time.perf_counter()
         self.process = subprocess.Popen(
             [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
@@ -70,7 +71,9 @@ class Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise Died(f"ended with exit code {self.process.wait()}")
+        raise Died(
+            f"({self.process.args[2]}, {self.process.args[3]}) ended with exit code {self.process.wait()}"
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -119,10 +122,10 @@ class Bench:
                     f"{name}: llama.cpp {error} with its own weight layouts (AMX); measured without them"
                 )
                 worker = self.start(name)
-            for row in CALIBRATED:
-                if any(r.like == row for r in self.rows.values()):
-                    self._better(name, worker, row)
-            worker.close()
+            with contextlib.closing(worker):
+                for row in CALIBRATED:
+                    if any(r.like == row for r in self.rows.values()):
+                        self._better(name, worker, row)
             progress(f"{name} runs ({time.perf_counter() - begin:.0f} s)")
 
     def _better(self, name: str, worker: Worker, row: str) -> None:
@@ -233,8 +236,12 @@ def main(argv: list[str] | None = None) -> int:
             work, bench.config, {n: CONTENDERS[n].file for n in names}, args.threads, progress
         )
         bench.names = [n for n in names if (work / CONTENDERS[n].file).exists()]
-        bench.calibrate()
-        bench.run()
+        try:
+            bench.calibrate()
+            bench.run()
+        except Died as error:
+            print(f"error: a contender {error}", file=sys.stderr)
+            return 1
         write_report(bench.result(args.size), args.output)
     return 0
 

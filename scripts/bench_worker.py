@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -278,8 +281,15 @@ def load(kind: str, path: Path, threads: int, repack: bool) -> Model:
     return Transformers(path, threads) if kind == "transformers" else Ours(path, threads, kind)
 
 
+def die_with_parent() -> None:
+    """A stopped process does not see its input close: have the system end it with the benchmark (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
     """Load, then answer until standard input closes."""
+    die_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", help="cpu, reference, llama, transformers or read")
     parser.add_argument("path", type=Path)
