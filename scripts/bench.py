@@ -71,9 +71,7 @@ class Worker:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise Died(
-            f"({self.process.args[2]}, {self.process.args[3]}) ended with exit code {self.process.wait()}"
-        )
+        raise Died(f"({self.name}) ended with exit code {self.process.wait()}")
 
     def close(self) -> None:
         """End the process."""
@@ -119,7 +117,7 @@ class Bench:
                     raise SystemExit(f"error: contender {name} {error}") from None
                 self.flags[name] = ["--no-repack"]
                 self.notes.append(
-                    f"{name}: llama.cpp {error} with its own weight layouts (AMX); measured without them"
+                    f"{name}: {error} with llama.cpp's own weight layouts (AMX); measured without them"
                 )
                 worker = self.start(name)
             with contextlib.closing(worker):
