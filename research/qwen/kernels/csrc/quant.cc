@@ -82,6 +82,27 @@ int64_t piece_of(const QuantCall& a) {
   return share < 1 ? 1 : share;
 }
 
+// Rows lie a power of two apart, where they push each other out of the cache; by blocks they are one stream.
+bool lay_by_block(int64_t block, QuantInput* x) {
+  constexpr int64_t kPast = 16;  // a tile reads whole rows of tiles
+  const QuantInput from = *x;
+  const int64_t rows = from.rows, pairs = rows * from.blocks;
+  auto* const scale = shared_scratch(2 * pairs + (pairs + kPast) * block / 4);
+  if (!scale) return false;
+  auto* const sum = reinterpret_cast<int32_t*>(scale + pairs);
+  auto* const q = reinterpret_cast<int8_t*>(sum + pairs);
+  parallel(from.blocks, 1, [&](int64_t g0, int64_t g1) {
+    for (int64_t g = g0; g < g1; ++g)
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(q + (g * rows + r) * block, from.q + r * from.k_padded + g * block, block);
+        scale[g * rows + r] = from.scale[r * from.blocks + g];
+        sum[g * rows + r] = from.sum[r * from.blocks + g];
+      }
+  });
+  x->q = q, x->scale = scale, x->sum = sum;
+  return true;
+}
+
 int run(QuantCall a) {
   const int64_t rows = a.x.rows, n = a.w.n, blocks = (n + 15) / 16;
   int failed = 0;
@@ -98,6 +119,7 @@ int run(QuantCall a) {
     part.x.q += r * a.x.k_padded;
     part.x.scale += r * a.x.blocks;
     part.x.sum += r * a.x.blocks;
+    if (part.x.rows >= table()->rows_by_block && !lay_by_block(a.w.block(), &part.x)) return 3;
     const int64_t bytes = table()->scratch(part);
     parallel(blocks, piece_of(a), [&](int64_t b0, int64_t b1) {
       float* const scratch = bytes ? thread_scratch((bytes + 3) / 4) : nullptr;

@@ -49,7 +49,7 @@ void dequantize_row(const QuantWeight& w, int64_t row, float* out);
 // ---- what quant_isa.cc offers for each instruction set ----
 
 struct QuantCall {
-  QuantInput x;          // of integer products
+  QuantInput x;          // of integer products; many rows on AMX: q (blocks, rows, block), scale, sum (blocks, rows)
   const float* rows_f;   // (rows, k_padded), of float products, already in the stored order
   QuantWeight w, gate;   // gate.codes is null unless y = (x w) * silu(x gate)
   const float* bias;
@@ -66,6 +66,7 @@ struct QuantTable {
   void (*exact)(const QuantCall&, int64_t b0, int64_t b1);
   void (*widen_row)(const QuantWeight&, int64_t row, float* out);  // in the stored order
   int64_t rows;                          // rows of x that share one sweep over the weights, at most
+  int64_t rows_by_block;                 // from as many rows on x is laid out by blocks (see QuantCall)
 };
 
 const QuantTable* quant_base();

@@ -175,15 +175,16 @@ INLINE void square_sums(const uint8_t* codes0, const uint8_t* codes1, const int8
 // Adds the sums of `run` blocks from g on to acc, rows r0 .. r0 + 32.
 INLINE void add_square(const QuantInput& x, const Rescale* left, const Rescale* right, int64_t r0, int64_t g,
                        int64_t run, const int32_t* sums, float* acc) {
-  const int64_t rows = smaller(2 * kTile, x.rows - r0), blocks = x.blocks;
-  const float* scale = x.scale + r0 * blocks + g;
-  const int32_t* x_sum = x.sum + r0 * blocks + g;
+  const int64_t rows = smaller(2 * kTile, x.rows - r0);
+  const float* scale = x.scale + g * x.rows + r0;
+  const int32_t* x_sum = x.sum + g * x.rows + r0;
   float* to = acc + r0 * 2 * kTile;
-  for (int64_t r = 0; r < rows; ++r, to += 2 * kTile, sums += 2 * kTile, scale += blocks, x_sum += blocks) {
+  for (int64_t r = 0; r < rows; ++r, to += 2 * kTile, sums += 2 * kTile, ++scale, ++x_sum) {
     V a = g ? load(to) : V{}, b = g ? load(to + kTile) : V{};
     for (int64_t i = 0; i < run; ++i) {
-      a = add_block(left[i], a, sums + i * 4 * kTile * kTile, x_sum[i], scale[i]);
-      b = add_block(right[i], b, sums + i * 4 * kTile * kTile + kTile, x_sum[i], scale[i]);
+      const int64_t at = i * x.rows;
+      a = add_block(left[i], a, sums + i * 4 * kTile * kTile, x_sum[at], scale[at]);
+      b = add_block(right[i], b, sums + i * 4 * kTile * kTile + kTile, x_sum[at], scale[at]);
     }
     store(to, a);
     store(to + kTile, b);
@@ -195,7 +196,7 @@ template <int BITS>
 static void square_product(const QuantInput& x, const QuantWeight& w, int64_t b, bool both, Workspace& work,
                            float* acc) {
   const Columns c0 = columns_at(w, b), c1 = columns_at(w, both ? b + 1 : b);
-  const int64_t block = w.block(), bytes = block * 2 * BITS, stride = x.k_padded, per_block = block / kTileInputs;
+  const int64_t block = w.block(), bytes = block * 2 * BITS, per_block = block / kTileInputs;
   const int64_t rows = x.rows;
   for (int64_t g0 = 0; g0 < x.blocks; g0 += kSquareRun) {
     const int64_t run = smaller(kSquareRun, x.blocks - g0);
@@ -207,12 +208,12 @@ static void square_product(const QuantInput& x, const QuantWeight& w, int64_t b,
       right[i] = rescale_at<BITS>(c1, g0 + i, w.group);
     }
     for (int64_t r0 = 0; r0 < rows; r0 += 2 * kTile) {
-      const int8_t* q0 = x.q + r0 * stride + g0 * block;
-      const int8_t* q1 = r0 + kTile < rows ? q0 + kTile * stride : q0;
       for (int64_t i = 0; i < run; ++i) {
         const int64_t at = i * per_block;
-        square_sums(codes0 + at * kTileBytes, codes1 + at * kTileBytes, q0 + i * block, q1 + i * block, stride,
-                    per_block, work.sums + i * 4 * kTile * kTile);
+        const int8_t* q0 = x.q + ((g0 + i) * rows + r0) * block;
+        const int8_t* q1 = r0 + kTile < rows ? q0 + kTile * block : q0;
+        square_sums(codes0 + at * kTileBytes, codes1 + at * kTileBytes, q0, q1, block, per_block,
+                    work.sums + i * 4 * kTile * kTile);
       }
       add_square(x, left, right, r0, g0, run, work.sums, acc);
     }

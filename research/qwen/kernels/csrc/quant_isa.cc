@@ -344,7 +344,12 @@ static void widen_row(const QuantWeight& w, int64_t row, float* out) {
 namespace qwen {
 
 const QuantTable* QWEN_TABLE() {
-  static const QuantTable table = {::quantize, ::scratch, ::integer, ::exact, ::widen_row, 256};
+#if defined(__AMX_INT8__)
+  constexpr int64_t kByBlock = kTile + 1;  // what square_product takes
+#else
+  constexpr int64_t kByBlock = INT64_MAX;
+#endif
+  static const QuantTable table = {::quantize, ::scratch, ::integer, ::exact, ::widen_row, 256, kByBlock};
   return &table;
 }
 
