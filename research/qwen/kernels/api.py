@@ -116,9 +116,10 @@ class Kernels(Protocol):
         """Cell (x (T, hidden), step tuple) -> (T, hidden): a whole pre-norm layer, parameters as in ``layer.Layer``."""
 
     def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[nn.Cell]) -> nn.Cell | None:
-        """Cell (x, step tuple) -> (T, hidden) that runs all layers at once on their parameters, or None.
+        """Cell (x, rows (R,), step tuple) -> (R, hidden) that runs all layers at once on their parameters, or None.
 
-        Its ``refresh()`` is called before every run: what is no input of the graph must be looked up there.
+        Only the asked token rows of the last layer are returned. Its ``refresh()`` is called before every run: what is
+        no input of the graph must be looked up there.
         """
 
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:

@@ -196,7 +196,7 @@ class CpuKernels:
         return Layer(config, self, cache, prefix, fmt)
 
     def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[Layer]) -> FusedStack:
-        """Cell (x, step) -> (T, hidden): all layers as one operator."""
+        """Cell (x, rows, step) -> (R, hidden): all layers as one operator."""
         return FusedStack(self._library, config, cache, list(layers), self._exact)
 
     def rms_norm(self, dim: int, eps: float) -> RmsNorm:

@@ -137,7 +137,7 @@ class FusedStack(nn.Cell):  # type: ignore[misc]
             layers,
             parameters,
         )  # in a tuple, so that they do not become cells and parameters of ours
-        self.kernel = operator(library, "QwenStack", F32, I32, I64, F32, F32, F32, I32, I32, I32, I32)
+        self.kernel = operator(library, "QwenStack", F32, I32, I64, I32, F32, F32, F32, I32, I32, I32, I32)
 
     def refresh(self) -> None:
         """Look the addresses up: a parameter may have been given other data. Before every run.
@@ -151,9 +151,9 @@ class FusedStack(nn.Cell):  # type: ignore[misc]
                     matrix.inputs()  # says which one is not loaded
         self._table[:] = [parameter.data_ptr() for parameter in parameters]
 
-    def construct(self, x: Tensor, step: tuple[Tensor, ...]) -> Tensor:
-        """x (T, hidden) float32 and the tuple of ``make_step`` -> (T, hidden) float32."""
-        return self.kernel(x, self.plan_tensor, self.addresses, *step)
+    def construct(self, x: Tensor, rows: Tensor, step: tuple[Tensor, ...]) -> Tensor:
+        """x (T, hidden) float32, rows (R,) int32, the tuple of ``make_step`` -> (R, hidden) float32 of these rows."""
+        return self.kernel(x, self.plan_tensor, self.addresses, rows, *step)
 
 
 def _matrices(layer: Layer) -> list[Any]:

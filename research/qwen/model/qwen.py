@@ -24,13 +24,13 @@ class Transformer(nn.Cell):
         self.fused = kernels.fuse(config, cache, list(self.h))
         self.ln_f = kernels.rms_norm(config.hidden_size, config.layer_norm_epsilon)
 
-    def construct(self, ids: Tensor, step: tuple[Tensor, ...]) -> Tensor:
+    def construct(self, ids: Tensor, rows: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         x = self.wte(ids)
         if self.fused is not None:
-            return self.fused(x, step)
+            return self.fused(x, rows, step)
         for layer in self.h:
             x = layer(x, step)
-        return x
+        return ops.gather(x, rows, 0)
 
 
 class QwenModel(nn.Cell):
@@ -42,5 +42,5 @@ class QwenModel(nn.Cell):
         self.lm_head = kernels.linear(config.hidden_size, config.vocab_size, False, fmt("lm_head.weight"))
 
     def construct(self, ids: Tensor, rows: Tensor, *step: Tensor) -> Tensor:
-        x = self.transformer(ids, step)
-        return self.lm_head(self.transformer.ln_f(ops.gather(x, rows, 0)))
+        x = self.transformer(ids, rows, step)
+        return self.lm_head(self.transformer.ln_f(x))

@@ -72,6 +72,7 @@ bool same_scheme(const QuantWeight& a, const QuantWeight& b) {
 
 struct Layer {
   const LayerArgs& a;
+  int64_t rows;  // of the current step
   float *qkv, *mixed, *normed, *gate, *up, *middle;
   void* quant;
 
@@ -80,33 +81,40 @@ struct Layer {
   int norm_apply(const float* x, const float* norm, const Matrix& w, float* y) {
     if (integer(w)) {
       const QuantInput in =
-          norm_quantize_rows(x, norm, a.eps, a.rows, w.k, block_of(w.packed), w.packed.order, quant);
+          norm_quantize_rows(x, norm, a.eps, rows, w.k, block_of(w.packed), w.packed.order, quant);
       return quant_linear(in, w.packed, w.bias, nullptr, y);
     }
-    rms_norm(x, norm, a.eps, normed, a.rows, a.hidden);
-    return apply(w, normed, a.rows, a.exact, nullptr, y);
+    rms_norm(x, norm, a.eps, normed, rows, a.hidden);
+    return apply(w, normed, rows, a.exact, nullptr, y);
   }
 
   int apply_rows(const Matrix& w, const float* x, const float* residual, float* y) {
     if (integer(w)) {
-      const QuantInput in = quantize_rows(x, a.rows, w.k, block_of(w.packed), w.packed.order, quant);
+      const QuantInput in = quantize_rows(x, rows, w.k, block_of(w.packed), w.packed.order, quant);
       return quant_linear(in, w.packed, w.bias, residual, y);
     }
-    return apply(w, x, a.rows, a.exact, residual, y);
+    return apply(w, x, rows, a.exact, residual, y);
   }
 
   int mlp() {
     if (integer(a.w1) && integer(a.w2) && same_scheme(a.w1.packed, a.w2.packed)) {
       const QuantWeight& w = a.w1.packed;
-      const QuantInput in = norm_quantize_rows(middle, a.ln_2, a.eps, a.rows, w.k, block_of(w), w.order, quant);
+      const QuantInput in = norm_quantize_rows(middle, a.ln_2, a.eps, rows, w.k, block_of(w), w.order, quant);
       if (const int error = quant_gated(in, w, a.w2.packed, gate)) return error;
     } else {
-      rms_norm(middle, a.ln_2, a.eps, normed, a.rows, a.hidden);
+      rms_norm(middle, a.ln_2, a.eps, normed, rows, a.hidden);
       if (const int error = apply_rows(a.w1, normed, nullptr, gate)) return error;
       if (const int error = apply_rows(a.w2, normed, nullptr, up)) return error;
-      swiglu(gate, up, gate, a.rows * a.w1.n);
+      swiglu(gate, up, gate, rows * a.w1.n);
     }
     return apply_rows(a.mlp_proj, gate, middle, a.y);
+  }
+
+  // The wanted rows of x.
+  const float* pick(const float* x, float* to) const {
+    for (int64_t i = 0; i < rows; ++i)
+      std::memcpy(to + i * a.hidden, x + a.wanted[i] * a.hidden, a.hidden * sizeof(float));
+    return to;
   }
 
   int run() {
@@ -115,16 +123,22 @@ struct Layer {
     attend.qkv = qkv;
     attend.y = mixed;
     if (const int error = attention(attend)) return error;
-    if (const int error = apply_rows(a.attn_proj, mixed, a.x, middle)) return error;
+    const float *from = mixed, *residual = a.x;
+    if (a.wanted) {
+      rows = a.wanted_count;
+      from = pick(mixed, normed);
+      residual = pick(a.x, qkv);
+    }
+    if (const int error = apply_rows(a.attn_proj, from, residual, middle)) return error;
     return mlp();
   }
 };
 
-int64_t quant_bytes(const LayerArgs& a) {
+int64_t quant_bytes(const LayerArgs& a, int64_t rows) {
   int64_t most = 0;
   for (const Matrix* w : {&a.c_attn, &a.attn_proj, &a.w1, &a.w2, &a.mlp_proj})
     if (w->quantised) {
-      const int64_t bytes = quant_input_bytes(a.rows, w->k, block_of(w->packed));
+      const int64_t bytes = quant_input_bytes(rows, w->k, block_of(w->packed));
       most = bytes > most ? bytes : most;
     }
   return most;
@@ -140,13 +154,19 @@ int apply(const Matrix& w, const float* x, int64_t rows, bool exact, const float
   return quant_linear(in, w.packed, w.bias, residual, y);
 }
 
+float* between_layers(int64_t floats) {
+  static Arena* const one = new Arena;
+  return one->reserve(floats * sizeof(float)) ? one->take<float>(floats) : nullptr;
+}
+
 int layer(const LayerArgs& a) {
-  const int64_t t = a.rows, wide = a.w1.n;
-  const int64_t packed = quant_bytes(a);
+  // More results than tokens may be asked for: the same token twice.
+  const int64_t t = a.wanted && a.wanted_count > a.rows ? a.wanted_count : a.rows, wide = a.w1.n;
+  const int64_t packed = quant_bytes(a, t);
   const int64_t need = Arena::bytes<float>(t * 3 * a.hidden) + 3 * Arena::bytes<float>(t * a.hidden) +
                        2 * Arena::bytes<float>(t * wide) + Arena::bytes<char>(packed);
   if (!arena().reserve(need)) return 3;
-  Layer l{a};
+  Layer l{a, a.rows};
   l.qkv = arena().take<float>(t * 3 * a.hidden);
   l.mixed = arena().take<float>(t * a.hidden);
   l.normed = arena().take<float>(t * a.hidden);

@@ -20,7 +20,9 @@ struct Matrix {
 
 struct LayerArgs {
   const float* x;               // (T, hidden)
-  float* y;                     // (T, hidden)
+  float* y;                     // (T, hidden), or the wanted rows of it, may be x
+  const int32_t* wanted;        // (count,) tokens whose results are needed, or null: all. Of the others only keys and
+  int64_t wanted_count;         // values are made
   int64_t rows, hidden;
   float eps;
   bool exact;                   // float32 activations also for packed weights
@@ -32,6 +34,8 @@ struct LayerArgs {
 // y = x W^T + b + residual on all threads; inside a Turn. residual: (rows, n) or null, may be y.
 int apply(const Matrix& w, const float* x, int64_t rows, bool exact, const float* residual, float* y);
 
+// What goes from layer to layer; kept for the next call, null when memory runs out. Inside a Turn.
+float* between_layers(int64_t floats);
 // Inside a Turn. 0, or the error of the part that failed.
 int layer(const LayerArgs& a);
 

@@ -76,24 +76,33 @@ void read_layer(int cache_format, const int32_t*& plan, void**& p, LayerArgs* a)
   }
 }
 
-// All layers one after another. inputs x, plan, table, then as for read_step; output like x. `table` (int64) holds the
-// addresses of what read_layer takes, layer after layer: as inputs they would cost MindSpore 0.1 ms a layer and token.
+// All layers one after another. inputs x, plan, table, rows (R,), then as for read_step; output (R, hidden): those rows
+// of the last layer. `table` (int64) holds the addresses of what read_layer takes, layer after layer: as inputs they
+// would cost MindSpore 0.1 ms a layer and token.
 int stack_op(void** p, int64_t** shapes) {
   if (isa() == kNone) return 1;
   const auto* plan = static_cast<const int32_t*>(p[1]);
-  LayerArgs a;
+  LayerArgs a = {};
   a.x = static_cast<const float*>(p[0]);
-  a.y = static_cast<float*>(p[10]);
   a.rows = shapes[0][0], a.hidden = shapes[0][1];
-  if (!read_step(plan, p + 3, shapes + 3, &a)) return 1;
+  if (!read_step(plan, p + 4, shapes + 4, &a)) return 1;
+  const auto* wanted = static_cast<const int32_t*>(p[3]);
+  for (int64_t i = 0; i < shapes[3][0]; ++i)
+    if (wanted[i] < 0 || wanted[i] >= a.rows) return 2;
   if (!attention_fits(a.attention)) return 2;
   static_assert(sizeof(void*) == sizeof(int64_t), "addresses travel as int64");
   void** own = static_cast<void**>(p[2]);
   void** const end = own + shapes[2][0];
   const int32_t* matrices = plan + kMatrices;
   Turn turn;
+  a.y = between_layers(a.rows * a.hidden);
+  if (!a.y) return 3;
   for (int i = 0; i < plan[kLayers]; ++i, a.x = a.y) {
     if (own >= end) return 1;
+    if (i + 1 == plan[kLayers]) {
+      a.y = static_cast<float*>(p[11]);
+      a.wanted = wanted, a.wanted_count = shapes[3][0];
+    }
     read_layer(plan[kCacheFormat], matrices, own, &a);
     if (const int error = layer(a)) return error;
   }
@@ -104,7 +113,7 @@ int stack_op(void** p, int64_t** shapes) {
 int layer_op(int count, void** p, int64_t** shapes) {
   if (isa() == kNone) return 1;
   const auto* plan = static_cast<const int32_t*>(p[1]);
-  LayerArgs a;
+  LayerArgs a = {};
   a.x = static_cast<const float*>(p[0]);
   a.y = static_cast<float*>(p[count - 1]);
   a.rows = shapes[0][0], a.hidden = shapes[0][1];
@@ -162,6 +171,6 @@ EACH_NAME(PACKED)
 EACH_NAME(PACKED_EMBEDDING)
 
 KERNEL(QwenStack) { return qwen::stack_op(p, shapes); }
-INFER(QwenStack) { return qwen::like(ndims[0], shapes[0]); }
+INFER(QwenStack) { return {shapes[3][0], shapes[0][1]}; }
 
 KERNEL(QwenTestLayer) { return qwen::layer_op(count, p, shapes); }
