@@ -70,14 +70,19 @@ def write_random(folder: Path, config: QwenConfig, dtype: str) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict(), indent=1), encoding="utf-8")
     generation = {"chat_format": "raw", "eos_token_id": 151643, "pad_token_id": 151643, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
-    tensors = [random_tensor(name, shape, dtype) for name, shape in expected(config).items()]
+    # As the published code initialises: what is added to the residual stream is scaled by the number of additions.
+    added = 1 / np.sqrt(2 * config.num_layers)
+    tensors = [
+        random_tensor(name, shape, dtype, SPREAD * (added if "c_proj" in name else 1))
+        for name, shape in expected(config).items()
+    ]
     partial = folder / "model.safetensors.partial"
     with partial.open("wb") as stream:
         write_safetensors(stream, tensors, {"format": "pt"}, lambda count: None)
     partial.rename(folder / "model.safetensors")
 
 
-def random_tensor(name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor:
+def random_tensor(name: str, shape: tuple[int, ...], dtype: str, spread: float = SPREAD) -> OutputTensor:
     """The same numbers for the same name, in bfloat16 bits or as float32."""
     norm = "ln_" in name
 
@@ -86,7 +91,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor
         left = int(np.prod(shape))
         while left:
             count = min(left, BLOCK)
-            values = np.ones(count, np.float32) if norm else _normal(rng, count)
+            values = np.ones(count, np.float32) if norm else _normal(rng, count, spread)
             bits = (values.view(np.uint32) >> 16).astype(np.uint16)
             yield bits if dtype == "bfloat16" else (bits.astype(np.uint32) << 16).view(np.float32)
             left -= count
@@ -94,8 +99,8 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: str) -> OutputTensor
     return OutputTensor(name, shape, dtype, blocks)
 
 
-def _normal(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+def _normal(rng: np.random.Generator, count: int, spread: float) -> NDArray[np.float32]:
     """Normal numbers; a long block repeats a shorter one at a random offset, which is 20 times quicker."""
-    base = rng.standard_normal(min(count, 1 << 18), np.float32) * np.float32(SPREAD)
+    base = rng.standard_normal(min(count, 1 << 18), np.float32) * np.float32(spread)
     base = np.copysign(np.maximum(np.abs(base), SMALLEST), base)
     return np.resize(np.roll(base, int(rng.integers(len(base)))), count)
