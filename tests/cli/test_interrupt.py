@@ -84,7 +84,9 @@ def stop_twice_and_leave(terminal: Terminal) -> None:
         terminal.send(b"\x03")
         terminal.until("[stopped]")
         terminal.until("> ")
-    time.sleep(1)  # readline prints its prompt a moment before it waits; a signal in between is seen at the next key
+    time.sleep(
+        1
+    )  # readline prints its prompt a moment before it waits; a signal in between is seen at the next key
     terminal.send(b"\x03")
     terminal.until("leaves")
     terminal.send(b"/exit\n")

@@ -25,6 +25,9 @@ from research.qwen.weights.tensors import FileTensor
 from tests.fixtures_util import model_folder
 from tests.gptq_fixtures import SCHEMES, VARIANTS, gptq_dequant, gptq_folder, sha256
 
+# Not for the fast run: loads and writes whole checkpoints. MindSpore itself is not needed.
+pytestmark = pytest.mark.mindspore
+
 QKV = "transformer.h.0.attn.c_attn"
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,6 +17,9 @@ import pytest
 from research.qwen.errors import KernelError
 from research.qwen.kernels import build
 
+# Not for the fast run: the builds take seconds. MindSpore itself is not needed.
+pytestmark = pytest.mark.mindspore
+
 FAKE = """#!/bin/sh
 if [ "$1" = --version ]; then echo "fake {version}"; exit 0; fi
 echo run >> "{folder}/runs"
