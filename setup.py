@@ -90,6 +90,14 @@ class WheelWithKernels(bdist_wheel):
 
 
 TORCH = "torch==2.13.0"
+SERVE = [
+    "fastapi==0.165.0",
+    "uvicorn==0.54.0",
+    "prometheus-client==0.26.0",
+    "llguidance==1.9.1",  # JSON and JSON schema as token masks
+    "httpx==0.28.1",  # chat --url
+]
+RAY = "ray[serve]==2.60.0"
 
 setup(
     name="qwen-mindspore",
@@ -105,6 +113,7 @@ setup(
     package_data={
         "research.qwen": ["demo/*.json", "demo/*.md", "demo/model/*"],
         "research.qwen.kernels": ["csrc/*"],
+        "research.qwen.serve": ["static/*"],
     },
     # The MindSpore wheel carries CPython 3.11 binaries only.
     python_requires=">=3.11,<3.12",
@@ -130,11 +139,21 @@ setup(
             "dashscope==2.0.2",  # ships the published vocabulary file, qwen.tiktoken
             "transformers==4.57.1",  # judge of the Qwen2 export; also what MindFormers pins
             "Jinja2>=3.1.6,<4",
+            *SERVE,
+            RAY,
+            # The clients the server is tested with, in versions that install together; openai 1.x comes beside them.
+            "openai==3.52.0",
+            "langchain-openai==1.7.3",
+            "langchain-core==1.7.2",  # newer ones ask for a certifi that is not out
+            "lm-eval[api]==0.4.13",
+            "schemathesis==4.32.5",
+            "playwright==1.65.2",  # drives an installed Chromium; downloads none
         ],
         # Peers of scripts/bench.py and its chart; docs/benchmarks.md says how to build llama.cpp for the machine.
         "bench": [TORCH, "transformers==4.57.1", "llama-cpp-python==0.3.36", "matplotlib>=3.9,<4"],
+        "serve": SERVE,
+        "ray": [*SERVE, RAY],  # scripts/serve_ray.py
         # Named from the start, filled when the part that needs them arrives.
-        "serve": [],
         "finetune": [],
         "eval": [],
     },

@@ -25,6 +25,14 @@ class RequestError(QwenError, ValueError):
     """A request or a sampling value is invalid."""
 
 
+class BusyError(QwenError, RuntimeError):
+    """The queue is full: the same request may succeed a little later."""
+
+
+class ClosedError(QwenError, RuntimeError):
+    """The scheduler takes no new requests: it is shutting down or its model has failed."""
+
+
 class KernelError(QwenError, RuntimeError):
     """A device backend is not available here, or a kernel could not be built."""
 

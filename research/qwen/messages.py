@@ -19,13 +19,24 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class ToolCallDelta:
+    """A piece of call number ``index`` of an answer: id and name come once, with the first piece."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; ``name`` and ``tool_call_id`` belong to the answer of a tool."""
 
     role: Role
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """One piece of a streamed answer: whole characters only; the last one carries reason and usage."""
+    """One piece of a streamed answer: whole characters only; the last one carries reason and usage.
+
+    ``prompt_logprobs`` comes with the first piece, if asked for: one entry per prompt token, None for the first.
+    """
 
     text: str = ""
     ids: tuple[int, ...] = ()
@@ -61,3 +75,4 @@ class Delta:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     usage: Usage | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
