@@ -76,7 +76,7 @@ $(RUN_STAMP): setup.py | $(PY)
 
 $(TEST_STAMP): setup.py | $(PY)
 	$(call install,.[test],MindSpore, MindFormers and the test tools (5 GB on disk))
-	@$(PIP_INSTALL) --upgrade --target $(VENV)/openai-1 openai==1.109.1  # the server is tested with both
+	@$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/openai-1 openai==1.109.1  # the server is tested with both
 	@touch $(RUN_STAMP)
 
 define install
