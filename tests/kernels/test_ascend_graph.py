@@ -49,7 +49,7 @@ def test_whole_model(key, dtype, flat_cache):
     step_view, expected = GRAPHS[key]
     runtime = ascend_runtime(dtype=dtype, flat_cache=flat_cache)
     assert runtime.kernels.graph_key(step_view) == key
-    runtime._select(key)
+    runtime.graph.declare(key)
     assert operators(runtime.model, *graph_inputs(runtime, step_view)) == expected
 
 
@@ -57,14 +57,14 @@ def test_two_graphs_serve_every_shape():
     runtime = ascend_runtime(dtype="float16")
     decode = view([30, 2, 5, 7], [1, 1, 1, 1])
     for step_view in (PREFILL, MIXED, view([0], [9]), decode, view([16], [70])):
-        runtime._select(runtime.kernels.graph_key(step_view))
+        runtime.graph.declare(runtime.kernels.graph_key(step_view))
         runtime.model.compile(*graph_inputs(runtime, step_view))
     assert runtime.compilations == 2
 
 
 def test_without_logn_the_queries_are_not_multiplied():
     runtime = ascend_runtime(dataclasses.replace(TINY, use_logn_attn=False), dtype="float16")
-    runtime._select("paged")
+    runtime.graph.declare("paged")
     assert "Mul" not in operators(runtime.model, *graph_inputs(runtime, MIXED))
 
 

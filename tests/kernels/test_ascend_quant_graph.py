@@ -81,7 +81,7 @@ class TestFrontEnd:
         )
         runtime = ascend_runtime(GROUPED, dtype, source=source)
         view = {"prefill": PREFILL, "paged": MIXED}[key]
-        runtime._select(key)
+        runtime.graph.declare(key)
         found = operators(runtime.model, *graph_inputs(runtime, view))
         assert found["WeightQuantBatchMatmul"] == 4 * LAYERS
         assert found["MatMul"] == LAYERS + 1  # w2, lm_head
@@ -93,7 +93,7 @@ class TestFrontEnd:
         source = QuantWeights(GROUPED, {"lm_head.weight": "int8", "weight": fmt})
         runtime = ascend_runtime(GROUPED, "float16", source=source)
         for key, view in (("prefill", PREFILL), ("paged", MIXED)):
-            runtime._select(key)
+            runtime.graph.declare(key)
             found = operators(runtime.model, *graph_inputs(runtime, view))
             assert found["WeightQuantBatchMatmul"] == 5 * LAYERS + 1 and "MatMul" not in found
 

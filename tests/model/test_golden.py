@@ -43,6 +43,15 @@ def test_prefill_then_single_steps(case):
     assert_logits(golden, "inc_logits", np.concatenate(rows))
 
 
+def test_hidden_states_before_the_head(case):
+    name, engine, _ = case
+    trace = load(name, "trace.npz")
+    ids, blocks = trace["trace_ids"], list(range(10))
+    rows = engine.lm.hidden([Chunk(ids[:7], 0, blocks, 1.0, 7)])
+    rows = np.concatenate([rows, engine.lm.hidden([Chunk(ids[7:], 7, blocks, 1.0, len(ids) - 7)])])
+    assert np.abs(rows - trace["ln_f"]).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 16, 32])
 def test_chunked_prefill_equals_one_pass(case, chunk):
     _, engine, golden = case

@@ -44,3 +44,14 @@ class QwenModel(nn.Cell):
     def construct(self, ids: Tensor, rows: Tensor, *step: Tensor) -> Tensor:
         x = self.transformer(ids, rows, step)
         return self.lm_head(self.transformer.ln_f(x))
+
+
+class HiddenStates(nn.Cell):
+    """The rows of hidden states that the head of a model would see: (R, hidden), after ``ln_f``. Shares its weights."""
+
+    def __init__(self, model: QwenModel):
+        super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
+        self.transformer = model.transformer
+
+    def construct(self, ids: Tensor, rows: Tensor, *step: Tensor) -> Tensor:
+        return self.transformer.ln_f(self.transformer(ids, rows, step))

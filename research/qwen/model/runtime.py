@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
@@ -15,10 +15,41 @@ from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
 from research.qwen.errors import PromptError
 from research.qwen.interrupts import held
-from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, Kernels, StepView
+from research.qwen.kernels.api import CacheSpec, Kernels, StepView
 from research.qwen.model.loading import TensorSource, load_weights, storage_format
-from research.qwen.model.qwen import QwenModel
+from research.qwen.model.qwen import HiddenStates, QwenModel
 from research.qwen.rope import ntk_alpha
+
+
+class Graph:
+    """A cell that maps ids, rows and step tensors to float32 rows, compiled once for each form of step."""
+
+    def __init__(self, cell: nn.Cell, config: QwenConfig, kernels: Kernels, cache: CacheSpec):
+        self.cell, self._context = cell, (kernels, config, cache)
+        cell.set_train(False)
+        self._key: str | None = None
+        self._compiled: str | None = None
+
+    def declare(self, key: str) -> None:
+        """Set the inputs of the graph ``key``, where a backend has more than one."""
+        if key != self._key:
+            kernels, config, cache = self._context
+            ids = Tensor(shape=[None], dtype=ms.int32)
+            self.cell.set_inputs(ids, ids, *kernels.step_signature(config, cache, key))
+            self._key = key
+
+    def run(self, key: str, *inputs: Tensor) -> Tensor:
+        """Run the graph, compiled at its first use whatever mode the caller left MindSpore in.
+
+        ``compile_and_run`` walks over all cells of the model to ask whether it must compile, which takes longer than
+        running a small graph. The executor behind it is private to MindSpore (2.9.0, pinned).
+        """
+        self.declare(key)
+        if self._compiled == key:
+            return _cell_graph_executor(self.cell, *inputs, phase=self.cell.phase)
+        out = self.cell.compile_and_run(*inputs)
+        self._compiled = key
+        return out
 
 
 class Runtime:
@@ -31,11 +62,8 @@ class Runtime:
         self.max_length = min(config.max_length, cache.tokens)
         self.num_blocks, self.block_size = cache.num_blocks, cache.block_size
         self._lock = threading.Lock()
-        model.set_train(False)
-        ids = Tensor(shape=[None], dtype=ms.int32)
-        model.set_inputs(ids, ids, *kernels.step_signature(config, cache))
-        self._graph = ONE_GRAPH
-        self._compiled: str | None = None
+        self.graph = Graph(model, config, kernels, cache)
+        self._hidden: Graph | None = None
 
     @classmethod
     def load(cls, config: QwenConfig, source: TensorSource, kernels: Kernels, cache: CacheSpec) -> Runtime:
@@ -58,6 +86,18 @@ class Runtime:
 
         Raises PromptError for an id outside the vocabulary.
         """
+        return self._run(self.graph, chunks)
+
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Like ``forward``, but what the head would see: (sum of chunk.logits, hidden_size) float32, after ``ln_f``.
+
+        Raises PromptError for an id outside the vocabulary. The first call compiles a graph of its own.
+        """
+        if self._hidden is None:
+            self._hidden = Graph(HiddenStates(self.model), self.config, self.kernels, self.cache)
+        return self._run(self._hidden, chunks)
+
+    def _run(self, graph: Graph, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         ids = np.concatenate([np.asarray(chunk.ids, np.int64) for chunk in chunks])
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             bad = int(ids[(ids < 0) | (ids >= self.vocab_size)][0])
@@ -73,33 +113,10 @@ class Runtime:
         rows = np.concatenate(wanted).astype(np.int32)
         # A graph without output rows is not worth its own case.
         asked = rows if rows.size else np.zeros(1, np.int32)
-        logits = self._run(ids.astype(np.int32), asked, view)
-        return logits[: rows.size]
-
-    def _select(self, key: str) -> None:
-        """Declare the inputs of another graph, where a backend has more than one."""
-        if key != self._graph:
-            ids = Tensor(shape=[None], dtype=ms.int32)
-            self.model.set_inputs(ids, ids, *self.kernels.step_signature(self.config, self.cache, key))
-            self._graph = key
-
-    def _run(self, ids: NDArray[np.int32], rows: NDArray[np.int32], view: StepView) -> NDArray[np.float32]:
         step = self.kernels.make_step(view, self.config, self.cache)
         with self._lock, held():
             if self.model.transformer.fused is not None:
                 self.model.transformer.fused.refresh()
-            self._select(self.kernels.graph_key(view))
-            out = self._call(Tensor.from_numpy(ids), Tensor.from_numpy(rows), *step)
-        return np.asarray(out.asnumpy(), np.float32)
-
-    def _call(self, *inputs: Tensor) -> Tensor:
-        """Run the graph, compiled at its first use whatever mode the caller left MindSpore in.
-
-        ``compile_and_run`` walks over all cells of the model to ask whether it must compile, which takes longer than
-        running a small graph. The executor behind it is private to MindSpore (2.9.0, pinned).
-        """
-        if self._compiled == self._graph:
-            return _cell_graph_executor(self.model, *inputs, phase=self.model.phase)
-        out = self.model.compile_and_run(*inputs)
-        self._compiled = self._graph
-        return out
+            inputs = (Tensor.from_numpy(ids.astype(np.int32)), Tensor.from_numpy(asked), *step)
+            out = graph.run(self.kernels.graph_key(view), *inputs)
+        return np.asarray(out.asnumpy(), np.float32)[: rows.size]
