@@ -18,13 +18,41 @@ BAD_VALUES = {
     "presence_penalty": [-2.1, 2.1, math.nan, True, "0", None],
     "frequency_penalty": [-2.1, 2.1, math.nan, True, "0", None],
     "seed": [1.0, True, "7", 2**64, -(2**63) - 1, math.nan],
-    "max_new_tokens": [0, -1, 1.5, True, "512", math.inf],
+    "max_new_tokens": [-1, 1.5, True, "512", math.inf],
     "stop": [5, b"x", [""], "", ["a", 1], None, {"a": 1}],
     "stop_token_ids": [7, "7", [-1], [1.0], [True], ["7"], None, {7: 1}],
     "ignore_eos": [0, 1, "true", None],
     "n": [0, -1, 129, 1.0, True, "1", None],
     "logprobs": [-1, 21, True, 1.0, "3"],
+    "prompt_logprobs": [-1, 21, True, 1.0, "3"],
+    "min_new_tokens": [-1, 1.0, True, "3", None],
+    "allowed_token_ids": [7, "7", [-1], [1.0], [True], ["7"], {7: 1}, []],
+    "bad_words_ids": [7, "7", None, {7: 1}, [7], [[-1]], [["a"]], [[]]],
+    "logit_bias": [
+        7,
+        None,
+        [7],
+        {"x": 1},
+        {-1: 1},
+        {True: 1},
+        {"²": 1},
+        {"9" * 5000: 1},
+        {1: 100.5},
+        {1: "1"},
+        {1: math.nan},
+    ],
+    "include_stop_str_in_output": [0, 1, "true", None],
+    "skip_special_tokens": [0, 1, "true", None],
 }
+
+
+def innermost(value):
+    yield value
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from innermost(item)
 
 
 @pytest.mark.parametrize(
@@ -34,11 +62,10 @@ def test_bad_value_is_refused_with_its_name(name, value):
     with pytest.raises(RequestError) as caught:
         SamplingParams(**{name: value})
     message = str(caught.value)
-    shown = value[0] if isinstance(value, list) and name.startswith("stop") and len(value) == 1 else value
     assert message.startswith(f"{name} must ")
     assert "\n" not in message
-    if not (isinstance(value, list) and len(value) > 1):
-        assert repr(shown) in message
+    # The value itself, or the first bad thing in a list or mapping.
+    assert any(repr(shown) in message for shown in innermost(value))
 
 
 def test_defaults_and_edges_are_accepted():
@@ -48,7 +75,11 @@ def test_defaults_and_edges_are_accepted():
     SamplingParams(
         temperature=0, top_p=1, min_p=1, presence_penalty=-2, frequency_penalty=2, seed=-(2**63), n=128
     )
-    SamplingParams(max_new_tokens=None, logprobs=0, seed=2**64 - 1, top_p=1e-9)
+    assert (params.prompt_logprobs, params.min_new_tokens, params.allowed_token_ids) == (None, 0, None)
+    assert (params.logit_bias, params.bad_words_ids) == ({}, ())
+    assert not params.include_stop_str_in_output and params.skip_special_tokens
+    SamplingParams(max_new_tokens=0, prompt_logprobs=20)
+    SamplingParams(max_new_tokens=None, logprobs=0, min_new_tokens=9, seed=2**64 - 1, top_p=1e-9)
 
 
 def test_values_are_normalised():
@@ -85,3 +116,28 @@ def test_greedy():
     assert SamplingParams(top_k=1).greedy
     assert not SamplingParams(top_k=2, temperature=1e-9).greedy
     assert SamplingParams(frequency_penalty=0.1).penalised
+
+
+def test_ids_of_the_vocabulary():
+    params = SamplingParams(
+        logit_bias={"7": 1, np.int64(3): -100},
+        allowed_token_ids=[4, 4, 2],
+        bad_words_ids=[[1, 1], (5,), [1, 1]],
+    )
+    assert params.logit_bias == {7: 1.0, 3: -100.0}
+    assert params.allowed_token_ids == (4, 2) and params.bad_words_ids == ((1, 1), (5,))
+    assert hash(params) == hash(SamplingParams(allowed_token_ids=(4, 2), bad_words_ids=[[1, 1], [5]]))
+    params.check_vocabulary(8)
+    with pytest.raises(RequestError, match="logit_bias names token id 7; the vocabulary has 7 rows"):
+        params.check_vocabulary(7)
+    with pytest.raises(RequestError, match="allowed_token_ids names token id 9"):
+        SamplingParams(allowed_token_ids=[1, 9]).check_vocabulary(9)
+    with pytest.raises(RequestError, match="bad_words_ids names token id 9"):
+        SamplingParams(bad_words_ids=[[1], [2, 9]]).check_vocabulary(9)
+    SamplingParams(stop_token_ids=[10**6]).check_vocabulary(9)
+
+
+def test_the_least_is_not_above_the_most():
+    with pytest.raises(RequestError, match=r"min_new_tokens must be at most max_new_tokens \(4\), got 5"):
+        SamplingParams(min_new_tokens=5, max_new_tokens=4)
+    SamplingParams(min_new_tokens=4, max_new_tokens=4)
