@@ -1,0 +1,5 @@
+"""Placeholder of the router; its owner replaces it."""
+
+from fastapi import APIRouter
+
+router = APIRouter()

@@ -1,0 +1,69 @@
+"""Servers for tests: an app on a free loopback port, and states with a fake or the demo model behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from research.qwen.demo import demo_folder
+from research.qwen.engine import Engine
+from research.qwen.serve.state import ServerSettings, ServerState
+from research.qwen.text.tokenizer import QwenTokenizer
+from tests.fakes import FakeLM
+
+
+@contextlib.contextmanager
+def serve_app(app: FastAPI, **options: Any) -> Iterator[str]:
+    """Run the app with uvicorn in a thread; the value is its base URL, without a slash at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2, **options)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                time.sleep(0.005)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive(), "the server does not stop"
+
+
+def demo_tokenizer() -> QwenTokenizer:
+    """The vocabulary of the demo model: about a thousand tokens, Chinese and control tokens among them."""
+    return QwenTokenizer(demo_folder() / "qwen.tiktoken")
+
+
+def fake_engine(num_blocks: int = 256, max_length: int = 512, **options: Any) -> Engine:
+    """An engine whose model says random but reproducible tokens of the demo vocabulary."""
+    tokenizer = demo_tokenizer()
+    lm = FakeLM(num_blocks=num_blocks, vocab_size=len(tokenizer), max_length=max_length)
+    return Engine(lm, tokenizer, generation={"chat_format": "chatml"}, **options)
+
+
+@contextlib.contextmanager
+def running_state(
+    engine: Engine, settings: ServerSettings | None = None, **options: Any
+) -> Iterator[ServerState]:
+    """A ready state around the engine, its scheduler running; ``options`` are those of ``Scheduler``."""
+    from research.qwen.scheduler import Scheduler
+
+    scheduler = Scheduler(engine, **options)
+    scheduler.start()
+    try:
+        end = time.monotonic() + 60
+        while scheduler.state == "loading":
+            assert time.monotonic() < end, "the scheduler does not get ready"
+            time.sleep(0.002)
+        yield ServerState(settings or ServerSettings(), engine, scheduler)
+    finally:
+        scheduler.close()
