@@ -1,8 +1,8 @@
 """From a row of logits to a token: penalties, truncation and one seeded draw, in NumPy.
 
 Order, as the published generation code has it: repetition penalty on all ids so far, presence and frequency
-penalty on the generated ids (subtracted from the logits), the caller's processors, temperature, top-k, top-p,
-min-p.
+penalty on the generated ids (subtracted from the logits), the bias of the request, the caller's processors, the
+bans of the request, temperature, top-k, top-p, min-p.
 
 ``candidates`` is the one place where truncation happens: ``probabilities`` spreads its answer over the
 vocabulary and ``Sampler`` draws from it, so the tested distribution is the sampled one. All arithmetic is
@@ -13,20 +13,18 @@ of nothing but -inf is a LogitsError. Ties at a cut are resolved in favour of lo
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.decode.params import SamplingParams
+from research.qwen.decode.processors import Logits, with_requested
+from research.qwen.decode.processors import LogitsProcessor as LogitsProcessor
+from research.qwen.decode.processors import Row as Row
+from research.qwen.decode.processors import allow_only as allow_only
 from research.qwen.errors import LogitsError
 from research.qwen.messages import TokenLogprob
-
-Row = NDArray[np.float64]
-Logits = NDArray[np.floating[Any]]
-# (all ids of the sequence so far, logits (V,) float64) -> logits (V,); it may change the row in place.
-LogitsProcessor = Callable[[Sequence[int], Row], Row]
 
 _GROUP = 16  # values per group when bounding the k-th largest value
 _RUN = 256  # candidates per partial sum when drawing
@@ -65,18 +63,6 @@ class PenaltyState:
         # An extreme penalty must not turn a finite score into an infinite one; a banned token stays banned.
         limit = np.finfo(np.float64).max
         scores[ids] = np.where(before == -np.inf, before, np.clip(values, -limit, limit))
-
-
-def allow_only(ids: Iterable[int]) -> LogitsProcessor:
-    """A processor that bans every token but ``ids``."""
-    allowed = np.unique(np.fromiter(ids, np.int64))
-
-    def ban_others(_: Sequence[int], scores: Row) -> Row:
-        kept = np.full_like(scores, -np.inf)
-        kept[allowed] = scores[allowed]
-        return kept
-
-    return ban_others
 
 
 def adjust(
@@ -132,9 +118,11 @@ def probabilities(
     prompt_ids: Sequence[int] = (),
     generated_ids: Sequence[int] = (),
     processors: Sequence[LogitsProcessor] = (),
+    end_ids: Collection[int] = (),
 ) -> Row:
     """(V,) float64: the distribution the next token is drawn from, given logits (V,) and the ids so far.
 
+    ``end_ids`` are the ids that end an answer and may not come before ``params.min_new_tokens``.
     Raises LogitsError for a row that holds NaN, +inf or only -inf.
     """
     penalties = None
@@ -142,7 +130,8 @@ def probabilities(
         penalties = PenaltyState(prompt_ids, params)
         for token in generated_ids:
             penalties.add(token)
-    ids, weights = candidates(adjust(logits, [*prompt_ids, *generated_ids], penalties, processors), params)
+    chain = with_requested(params, len(prompt_ids), end_ids, processors)
+    ids, weights = candidates(adjust(logits, [*prompt_ids, *generated_ids], penalties, chain), params)
     full = np.zeros(len(logits))
     full[slice(None) if ids is None else ids] = weights / weights.sum()
     return full
@@ -222,14 +211,15 @@ class Sampler:
         seed: int | None = None,
         choice: int = 0,
         processors: Sequence[LogitsProcessor] = (),
+        end_ids: Collection[int] = (),
     ) -> None:
-        """``seed`` replaces ``params.seed``; None in both draws fresh entropy."""
+        """``seed`` replaces ``params.seed``; None in both draws fresh entropy. ``end_ids`` end the answer."""
         if seed is None:
             seed = params.seed
         self.params = params
         self.seed = secrets.randbits(64) if seed is None else seed
         self._choice = choice
-        self._processors = tuple(processors)
+        self._processors = with_requested(params, len(prompt_ids), end_ids, processors)
         self._penalties = PenaltyState(prompt_ids, params) if params.penalised else None
         self._step = 0
 
@@ -258,7 +248,10 @@ def _peak(scores: Logits) -> float:
     if np.isfinite(peak):
         return peak
     if peak == -np.inf:
-        raise LogitsError("every token is banned: the logits are all -inf (check the logits processors)")
+        raise LogitsError(
+            "every token is banned: the logits are all -inf (allowed_token_ids, bad_words_ids and the "
+            "logits processors together leave none)"
+        )
     raise LogitsError(
         f"logits hold {'NaN' if np.isnan(peak) else '+inf'}: the computation overflowed or the weights are "
         "damaged; try dtype float32 (or bfloat16), and check the checkpoint"
