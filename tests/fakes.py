@@ -20,6 +20,7 @@ class FakeLM:
     def __init__(self, num_blocks: int = 16, block_size: int = 4, vocab_size: int = 64, max_length: int = 48):
         self.vocab_size, self.max_length = vocab_size, max_length
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.hidden_size = min(8, vocab_size)
         self.cache = np.full(
             (num_blocks * block_size, 3), -1, np.int64
         )  # token, position, alpha of each slot
@@ -35,8 +36,7 @@ class FakeLM:
         if self.fail_at is not None and len(self.passes) >= self.fail_at:
             raise RuntimeError("broken")
         self.passes.append(list(chunks))
-        used = [block for chunk in chunks for block in chunk.blocks]
-        assert len(used) == len(set(used)), "a block belongs to two sequences"
+        self._check_writers(chunks)
         slots = [self._slots(chunk, chunk.start + len(chunk.ids)) for chunk in chunks]
         for chunk, places in zip(chunks, slots, strict=True):
             self.write(places[chunk.start :], chunk.ids, chunk.start, chunk.alpha)
@@ -45,6 +45,19 @@ class FakeLM:
             end = len(places)
             rows += [self._row(places[: end - back], chunk.alpha) for back in range(chunk.logits - 1, -1, -1)]
         return np.stack(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
+
+    def hidden(self, chunks: Sequence[Chunk]) -> np.ndarray:
+        """(sum of chunk.logits, hidden_size): the first numbers of the row that ``forward`` gives."""
+        return self.forward(chunks)[:, : self.hidden_size]
+
+    def _check_writers(self, chunks: Sequence[Chunk]) -> None:
+        """A block that one sequence writes is in no other's table."""
+        for chunk in chunks:
+            first, end = chunk.start // self.block_size, -(-(chunk.start + len(chunk.ids)) // self.block_size)
+            written = set(chunk.blocks[first:end])
+            others = {block for other in chunks if other is not chunk for block in other.blocks}
+            assert not written & others, "a shared block is written"
+            assert len(set(chunk.blocks)) == len(chunk.blocks), "a block stands twice in a table"
 
     def write(self, places: np.ndarray, ids: Sequence[int], start: int, alpha: float) -> None:
         """Put consecutive tokens into cache slots."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.qwen.decode.loop import BlockPool, GenerationLoop
+from research.qwen.decode.loop import GenerationLoop
 from research.qwen.decode.params import SamplingParams
 from research.qwen.decode.sampling import allow_only
 from research.qwen.errors import LogitsError, PromptError, RequestError
@@ -161,7 +161,7 @@ def test_a_preempted_sequence_goes_before_those_that_never_ran():
     ends = []
     while loop.busy:
         ends += [event.key for event in loop.step() if event.finish_reason]
-        waiting = [sequence.key for sequence in loop._waiting]
+        waiting = [sequence.key for sequence in loop.schedule.waiting]
         assert waiting == sorted(waiting)
     assert ends == keys
 
@@ -205,15 +205,6 @@ def test_refused_at_once():
     assert not loop.busy
     with pytest.raises(RequestError, match="prefill_chunk"):
         GenerationLoop(FakeLM(), prefill_chunk=0)
-
-
-def test_pool():
-    pool = BlockPool(3)
-    assert pool.alloc(4) is None
-    blocks = pool.alloc(3)
-    assert sorted(blocks) == [0, 1, 2] and pool.alloc(1) is None
-    pool.free(blocks[:1])
-    assert pool.alloc(1) == blocks[:1]
 
 
 requests = st.lists(

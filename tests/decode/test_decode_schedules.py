@@ -88,14 +88,14 @@ class Schedule(RuleBasedStateMachine):
 
     @invariant()
     def blocks_have_one_owner(self):
-        owned = [block for sequence in self.loop._running for block in sequence.blocks]
+        owned = [block for sequence in self.loop.schedule.running for block in sequence.blocks]
         assert len(owned) == len(set(owned))
         assert not set(owned) & set(self.loop.pool._free)
         assert len(owned) + self.loop.pool.free_blocks == self.lm.num_blocks
 
     @invariant()
     def first_come_first_served(self):
-        order = [(s.key, s.choice) for s in (*self.loop._running, *self.loop._waiting)]
+        order = [(s.key, s.choice) for s in (*self.loop.schedule.running, *self.loop.schedule.waiting)]
         assert order == sorted(order)
 
     def teardown(self):

@@ -1,36 +1,37 @@
 """Many sequences decoded together over a paged cache. Knows ids, logits and blocks; nothing of text or devices.
 
 One ``step`` is one forward pass: the next token of every running sequence, and within a budget of tokens the next
-piece of prompts still to be read. Waiting requests are admitted first come, first served, while blocks suffice. If
-blocks run out, the sequence admitted last gives its own up and is computed again later from all ids it has, with
-the NTK factor it was given at first, so nothing of its text changes.
+piece of prompts still to be read. Requests are served first come, first served: waiting ones are admitted in their
+order while blocks suffice, and the budget goes to the oldest prompt first. If blocks run out, the sequence
+admitted last gives its own up, waits before all that never ran, and is computed again from all ids it has, with the
+NTK factor it was given at first, so nothing of its text changes. The oldest sequence is never the victim of
+another, and no sequence needs more than the whole cache: so the oldest always gets on and ends, then the next.
+
+With ``prefix_caching`` a full block, once computed, is found by every later sequence that begins with the same
+tokens; of two that run at once the younger waits for the older one's blocks instead of computing them too.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from research.qwen.decode.blocks import BlockPool
 from research.qwen.decode.params import SamplingParams
 from research.qwen.decode.sampling import LogitsProcessor, Sampler
+from research.qwen.decode.schedule import Counters, Limits, Schedule, Work
+from research.qwen.decode.sequence import Chunk as Chunk
+from research.qwen.decode.sequence import RunningSequence
 from research.qwen.errors import PromptError, RequestError
 from research.qwen.messages import FinishReason, TokenLogprob
 
+NO_TOKEN = -1
 
-@dataclass(frozen=True)
-class Chunk:
-    """A run of consecutive tokens of one sequence in one forward pass."""
-
-    ids: Sequence[int]  # the new tokens
-    start: int  # position of the first = tokens of the sequence already cached
-    blocks: Sequence[int]  # cache blocks of the sequence, enough for start + len(ids) tokens
-    alpha: float  # NTK factor, frozen at the first prefill
-    logits: int  # how many last rows of logits are wanted: 0, 1 or len(ids)
+Processors = Sequence[LogitsProcessor] | Callable[[int], Sequence[LogitsProcessor]]
 
 
 class LanguageModel(Protocol):
@@ -48,34 +49,13 @@ class LanguageModel(Protocol):
         """(sum of chunk.logits, vocab_size) float32, rows in chunk order."""
 
 
-class BlockPool:
-    """The blocks of the cache that nobody uses."""
-
-    def __init__(self, num_blocks: int):
-        self.num_blocks = num_blocks
-        self._free = deque(range(num_blocks))
-
-    @property
-    def free_blocks(self) -> int:
-        """How many blocks are free."""
-        return len(self._free)
-
-    def alloc(self, count: int) -> list[int] | None:
-        """``count`` blocks, or None if there are not so many."""
-        if count > len(self._free):
-            return None
-        return [self._free.popleft() for _ in range(count)]
-
-    def free(self, blocks: Sequence[int]) -> None:
-        """Give blocks back."""
-        self._free.extend(blocks)
-
-
 @dataclass(frozen=True)
 class Event:
     """A new token of choice ``choice`` of request ``key``; the last one of a choice has a finish reason.
 
-    ``ends_text`` marks a token that only ends the answer (an end or stop id) and is no part of its text.
+    ``ends_text`` marks a token that only ends the answer (an end or stop id) and is no part of its text; NO_TOKEN
+    comes where none was asked for. ``cached_tokens`` of the prompt were found in the cache. An ``error`` ends the
+    whole request.
     """
 
     key: int
@@ -84,28 +64,9 @@ class Event:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     ends_text: bool = False
-
-
-@dataclass(eq=False)
-class RunningSequence:
-    """One choice of a request: its ids, how many of them are cached, and where."""
-
-    key: int
-    choice: int
-    ids: list[int]
-    prompt_length: int
-    params: SamplingParams
-    end_ids: frozenset[int]
-    stop_sequences: tuple[tuple[int, ...], ...]
-    sampler: Sampler
-    alpha: float
-    cached: int = 0
-    blocks: list[int] = field(default_factory=list)
-
-    @property
-    def pending(self) -> int:
-        """Ids not yet computed: one while decoding, more in a prefill."""
-        return len(self.ids) - self.cached
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    error: Exception | None = None
 
 
 class GenerationLoop:
@@ -114,25 +75,64 @@ class GenerationLoop:
     Args:
         max_batch: sequences that run at once.
         prefill_chunk: prompt tokens read in one step, over all sequences.
+        mixed_chunk: the same while other sequences decode, so that a long prompt does not stall them; None is
+            ``prefill_chunk``.
         use_cache: False computes every sequence from its first token at each step; the text is the same.
+        prefix_caching: keep full blocks for sequences that begin alike. Only for a model whose weights stay.
+        isolate: True: what fails in a request or a pass ends the requests concerned, by events that carry the
+            error. False: it is raised, and all requests end.
     """
 
     def __init__(
-        self, lm: LanguageModel, *, max_batch: int = 16, prefill_chunk: int = 512, use_cache: bool = True
+        self,
+        lm: LanguageModel,
+        *,
+        max_batch: int = 16,
+        prefill_chunk: int = 512,
+        mixed_chunk: int | None = None,
+        use_cache: bool = True,
+        prefix_caching: bool = False,
+        isolate: bool = False,
     ):
-        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        mixed = prefill_chunk if mixed_chunk is None else mixed_chunk
+        for name, value in (
+            ("max_batch", max_batch),
+            ("prefill_chunk", prefill_chunk),
+            ("mixed_chunk", mixed),
+        ):
             if value < 1:
                 raise RequestError(f"{name} must be at least 1, got {value}")
-        self.lm, self.max_batch, self.prefill_chunk, self.use_cache = lm, max_batch, prefill_chunk, use_cache
+        self.lm, self.isolate = lm, isolate
+        caching = prefix_caching and use_cache
+        limits = Limits(max_batch, prefill_chunk, min(mixed, prefill_chunk), use_cache, caching)
         self.pool = BlockPool(lm.num_blocks)
-        self._waiting: deque[RunningSequence] = deque()
-        self._running: list[RunningSequence] = []  # in the order of admission
+        self.schedule = Schedule(self.pool, lm.block_size, limits)
         self._last_key = 0
 
     @property
     def busy(self) -> bool:
         """Whether any sequence runs or waits."""
-        return bool(self._running or self._waiting)
+        return bool(self.schedule.running or self.schedule.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many sequences run."""
+        return len(self.schedule.running)
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences wait for their turn."""
+        return len(self.schedule.waiting)
+
+    @property
+    def counters(self) -> Counters:
+        """What was done so far."""
+        return self.schedule.counters
+
+    @property
+    def started(self) -> list[int]:
+        """Keys of the requests that the last step began to compute."""
+        return self.schedule.started
 
     def add(
         self,
@@ -141,74 +141,48 @@ class GenerationLoop:
         eos_ids: Sequence[int] = (),
         *,
         stop_sequences: Sequence[Sequence[int]] = (),
-        processors: Sequence[LogitsProcessor] = (),
+        processors: Processors = (),
+        cache_salt: str = "",
     ) -> int:
         """Queue a request; its key. ``params.n`` choices run as sequences of their own.
 
         Args:
             eos_ids: the model's own end ids (``params.ignore_eos`` switches them off).
             stop_sequences: id sequences that end an answer once it ends with one; they stay part of it.
-            processors: applied to every row of logits, see ``sampling.LogitsProcessor``.
+            processors: applied to every row of logits, see ``sampling.LogitsProcessor``; or a function that makes
+                those of a choice from its number, where they have state.
+            cache_salt: only requests with the same one share cached prompts.
         Raises:
-            PromptError: the prompt is empty, has ids outside the vocabulary, or cannot fit into context or cache
-                however long it waits.
+            PromptError, RequestError: as ``check``.
         """
-        prompt = self._check(prompt_ids)
+        prompt = self.check(prompt_ids, params)
         self._last_key += 1
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
         for choice in range(params.n):
-            self._waiting.append(
-                RunningSequence(
-                    key=self._last_key,
-                    choice=choice,
-                    ids=list(prompt),
-                    prompt_length=len(prompt),
-                    params=params,
-                    end_ids=end_ids,
-                    stop_sequences=tuple(tuple(stop) for stop in stop_sequences if len(stop)),
-                    sampler=Sampler(params, prompt, choice=choice, processors=processors),
-                    alpha=self.lm.rope_alpha(len(prompt)),
-                )
+            chain = processors(choice) if callable(processors) else processors
+            sequence = RunningSequence(
+                key=self._last_key,
+                choice=choice,
+                ids=list(prompt),
+                prompt_length=len(prompt),
+                params=params,
+                end_ids=end_ids,
+                stop_sequences=tuple(tuple(stop) for stop in stop_sequences if len(stop)),
+                sampler=Sampler(params, prompt, choice=choice, processors=chain, end_ids=end_ids),
+                alpha=self.lm.rope_alpha(len(prompt)),
+                salt=cache_salt,
             )
+            self.schedule.waiting.append(sequence)
         return self._last_key
 
-    def cancel(self, key: int, choice: int | None = None) -> None:
-        """End a request, or one choice of it, without further events; its blocks are free at once."""
-        for sequence in [s for s in self._running if s.key == key and choice in (None, s.choice)]:
-            self._release(sequence)
-        kept = (s for s in self._waiting if s.key != key or choice not in (None, s.choice))
-        self._waiting = deque(kept)
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+        """The prompt as a list of int; may be called from any thread.
 
-    def step(self) -> list[Event]:
-        """One forward pass; the new tokens. An empty list while prompts are still being read.
-
-        If the model or the sampler fails, all requests end, their blocks are freed and the error goes on.
+        Raises:
+            PromptError: the prompt is empty, has ids outside the vocabulary, or cannot fit into context or cache
+                however long it waits.
+            RequestError: the parameters name ids outside the vocabulary.
         """
-        try:
-            self._admit()
-            work = self._plan()
-            if not work:
-                return []
-            rows = self.lm.forward([chunk for _, chunk in work])
-            events, row = [], 0
-            for sequence, chunk in work:
-                sequence.cached = chunk.start + len(chunk.ids)
-                if chunk.logits:
-                    events.append(self._advance(sequence, rows[row]))
-                    row += 1
-            return events
-        except BaseException:
-            for sequence in list(self._running):
-                self._release(sequence)
-            self._waiting.clear()
-            raise
-
-    @property
-    def _room(self) -> int:
-        """Tokens one sequence may have: the context, or all of the cache where that is smaller."""
-        return min(self.lm.max_length, self.lm.num_blocks * self.lm.block_size)
-
-    def _check(self, prompt_ids: Sequence[int]) -> list[int]:
         prompt = [int(token) for token in prompt_ids]
         if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
@@ -216,86 +190,132 @@ class GenerationLoop:
         bad = next((token for token in prompt if not 0 <= token < self.lm.vocab_size), None)
         if bad is not None:
             raise PromptError(f"token id {bad} is outside the vocabulary of {self.lm.vocab_size} rows")
-        if len(prompt) >= self.lm.max_length:
+        least = len(prompt) + (params.max_new_tokens != 0)
+        if least > self.lm.max_length:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens and leaves no room: the context holds {self.lm.max_length}"
             )
-        if len(prompt) >= self._room:
+        if least > self._room:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens and leaves no room: the cache holds {self._room} "
                 f"({self.lm.num_blocks} blocks of {self.lm.block_size}); raise num_blocks"
             )
+        _check_named_ids(params, self.lm.vocab_size)
         return prompt
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_batch:
-            needed = self._blocks_for(len(self._waiting[0].ids))
-            # A spare block for each sequence already running: else the newcomer may be the next to be preempted.
-            if self.pool.free_blocks < needed + len(self._running):
-                return
-            blocks = self.pool.alloc(needed)
-            if blocks is None:
-                return
-            sequence = self._waiting.popleft()
-            sequence.blocks = blocks
-            self._running.append(sequence)
+    def cancel(self, key: int, choice: int | None = None) -> None:
+        """End a request, or one choice of it, without further events; its blocks are free at once."""
+        self.schedule.remove(key, choice)
 
-    def _plan(self) -> list[tuple[RunningSequence, Chunk]]:
-        """The chunks of this step: every decoding sequence, and prompts as far as the budget goes."""
-        for sequence in list(self._running):
-            self._grow(sequence)
-        work, budget = [], self.prefill_chunk
-        for sequence in self._running:
-            if not self.use_cache:
-                sequence.cached = 0
-            count = sequence.pending
-            if count > 1 and self.use_cache:
-                count = min(count, budget)
-                budget -= count
-            if count:
-                ids = sequence.ids[sequence.cached : sequence.cached + count]
-                last = int(count == sequence.pending)
-                chunk = Chunk(ids, sequence.cached, tuple(sequence.blocks), sequence.alpha, last)
-                work.append((sequence, chunk))
-        return work
+    def take_blocks(self, count: int) -> list[int]:
+        """Blocks for a computation beside the loop; sequences admitted last give theirs up where none are free.
 
-    def _grow(self, sequence: RunningSequence) -> None:
-        """Give a sequence the blocks its ids need, from those admitted last if there are no others."""
-        while sequence in self._running:
-            missing = self._blocks_for(len(sequence.ids)) - len(sequence.blocks)
-            blocks = self.pool.alloc(max(missing, 0))
-            if blocks is not None:
-                sequence.blocks += blocks
-                return
-            victim = self._running[-1]
-            self._release(victim)
-            self._waiting.appendleft(victim)
+        Give them back with ``pool.free``. Raises PromptError if the cache has no ``count`` blocks at all.
+        """
+        return self.schedule.take_blocks(count)
 
-    def _advance(self, sequence: RunningSequence, logits: NDArray[np.float32]) -> Event:
+    def step(self) -> list[Event]:
+        """One forward pass; the new tokens. An empty list while prompts are still being read.
+
+        Without ``isolate``, if the model or the sampler fails, all requests end, their blocks are freed and the error
+        goes on; with it that happens only for what is no ``Exception`` (an interruption).
+        """
+        try:
+            work = self.schedule.plan()
+            if not work:
+                return []
+            self.counters.steps += 1
+            try:
+                rows = self.lm.forward([chunk for _, chunk in work])
+            except Exception as error:
+                return self._fail_pass(work, error)
+            return self._results(work, rows)
+        except BaseException:
+            self.schedule.clear()
+            raise
+
+    @property
+    def _room(self) -> int:
+        """Tokens one sequence may have: the context, or all of the cache where that is smaller."""
+        return min(self.lm.max_length, self.lm.num_blocks * self.lm.block_size)
+
+    def _results(self, work: Work, rows: NDArray[np.float32]) -> list[Event]:
+        events, first = [], 0
+        for sequence, chunk in work:
+            mine = rows[first : first + chunk.logits]
+            first += chunk.logits
+            if sequence not in self.schedule.running:  # another choice of its request has failed
+                continue
+            try:
+                event = self._take(sequence, chunk, mine)
+            except Exception as error:
+                if not self.isolate:
+                    raise
+                event = self._fail(sequence, error)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def _take(self, sequence: RunningSequence, chunk: Chunk, rows: NDArray[np.float32]) -> Event | None:
+        """What a pass means for one sequence: more of it cached, prompt scores, its next token."""
+        sequence.cached = chunk.start + len(chunk.ids)
+        self.counters.computed_tokens += len(chunk.ids)
+        self.schedule.publish(sequence, chunk.start)
+        sequence.score(rows, sequence.cached)
+        return None if sequence.pending else self._advance(sequence, rows)
+
+    def _advance(self, sequence: RunningSequence, rows: NDArray[np.float32]) -> Event:
         """Sample the next token of a sequence; a finished one leaves."""
-        token, logprob = sequence.sampler.next(logits, sequence.ids)
-        sequence.ids.append(token)
-        new = len(sequence.ids) - sequence.prompt_length
-        ends = token in sequence.end_ids
+        token, logprob = NO_TOKEN, None
         reason: FinishReason | None = None
-        if ends or self._at_stop_sequence(sequence, new):
-            reason = "stop"
-        elif new == sequence.params.max_new_tokens or len(sequence.ids) >= self._room:
+        scores = sequence.scores or []
+        first = len(sequence.ids) == sequence.prompt_length
+        if sequence.params.max_new_tokens == 0:
             reason = "length"
+        else:
+            token, logprob = sequence.sampler.next(rows[-1], sequence.ids)
+            sequence.ids.append(token)
+            self.counters.generation_tokens += 1
+            reason = sequence.ending(self._room)
         if reason is not None:
-            self._release(sequence)
-        return Event(sequence.key, sequence.choice, token, logprob, reason, ends)
-
-    @staticmethod
-    def _at_stop_sequence(sequence: RunningSequence, new: int) -> bool:
-        return any(
-            len(stop) <= new and tuple(sequence.ids[-len(stop) :]) == stop for stop in sequence.stop_sequences
+            self.schedule.release(sequence)
+        return Event(
+            sequence.key,
+            sequence.choice,
+            token,
+            logprob,
+            reason,
+            ends_text=token in sequence.end_ids,
+            cached_tokens=sequence.reused,
+            prompt_logprobs=tuple(scores) if first else (),
         )
 
-    def _release(self, sequence: RunningSequence) -> None:
-        self.pool.free(sequence.blocks)
-        sequence.blocks, sequence.cached = [], 0
-        self._running.remove(sequence)
+    def _fail(self, sequence: RunningSequence, error: Exception) -> Event:
+        """End the request of a sequence; what it computed may be damaged and is not to be found again."""
+        self.pool.forget(sequence.blocks)
+        self.cancel(sequence.key)
+        return Event(sequence.key, sequence.choice, NO_TOKEN, error=error)
 
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.lm.block_size)
+    def _fail_pass(self, work: Work, error: Exception) -> list[Event]:
+        """A whole pass failed: every request in it ends, those that wait go on with an empty cache."""
+        self.counters.failed_passes += 1
+        if not self.isolate:
+            raise error
+        events: dict[int, Event] = {}
+        for sequence, _ in work:
+            events.setdefault(sequence.key, self._fail(sequence, error))
+        self.pool.forget()
+        return list(events.values())
+
+
+def _check_named_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Ids in the parameters index a row of logits: one outside it would only be found while decoding."""
+    named = {
+        "logit_bias": params.logit_bias,
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words_ids": [i for sequence in params.bad_words_ids for i in sequence],
+    }
+    for name, ids in named.items():
+        bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"{name}: token id {bad} is outside the vocabulary of {vocab_size} rows")
