@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from research.qwen import __version__
-from research.qwen.serve import chat, completions, errors, models, page
+from research.qwen.serve import chat, completions, embeddings, errors, metrics, models, page, tokens
+from research.qwen.serve.auth import KeyCheck
+from research.qwen.serve.limits import BodyLimit
+from research.qwen.serve.logs import RequestLog
 from research.qwen.serve.state import ServerState
 
 
 def create_app(state: ServerState) -> FastAPI:
-    """The application of one served model; routes find it as ``request.app.state.qwen``."""
+    """The application of one served model; routes find its state as ``request.app.state.qwen``."""
     app = FastAPI(
         title="qwen-mindspore",
         version=__version__,
@@ -22,8 +26,30 @@ def create_app(state: ServerState) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.qwen = state
-    for part in (models, chat, completions, page):
+    for part in (models, chat, completions, embeddings, tokens, metrics, page):
         app.include_router(part.router)
     errors.install(app)
-    app.add_middleware(errors.Guard)
+    _add_middleware(app, state)
     return app
+
+
+def _add_middleware(app: FastAPI, state: ServerState) -> None:
+    """What is added last sees a request first. Plain ASGI classes only: others hold streams back."""
+    settings = state.settings
+    app.add_middleware(BodyLimit, max_body=settings.max_body, seconds=settings.body_seconds)
+    app.add_middleware(
+        KeyCheck,
+        keys=settings.api_keys,
+        open_metrics=settings.open_metrics,
+        root_path=settings.root_path.rstrip("/"),
+    )
+    app.add_middleware(errors.Guard)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    app.add_middleware(RequestLog, observe=state.metrics.http)

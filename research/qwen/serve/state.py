@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from research.qwen.decode.params import SamplingParams
-from research.qwen.errors import ClosedError, RequestError
+from research.qwen.errors import BusyError, ClosedError, RequestError
 from research.qwen.messages import Delta
 from research.qwen.serve.errors import ApiError
-from research.qwen.serve.metrics import Metrics
+from research.qwen.serve.metrics import Metrics, WatchedTicket
 from research.qwen.text.tokenizer import QwenTokenizer
 
 if TYPE_CHECKING:
     from research.qwen.engine import Engine
-    from research.qwen.scheduler import Scheduler, Ticket
+    from research.qwen.scheduler import Scheduler
 
 Phase = Literal["loading", "ready", "draining", "closed", "failed"]
 Deliver = Callable[[Delta | BaseException], None]
@@ -71,6 +72,7 @@ class ServerState:
         self._engine, self._scheduler = engine, scheduler
         self._failure: BaseException | None = None
         self._draining = False
+        self._embeddings = 0
         self.metrics = Metrics(settings.model_names[0], lambda: self._scheduler)
 
     def attach(self, engine: Engine, scheduler: Scheduler) -> None:
@@ -165,13 +167,20 @@ class ServerState:
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, deliver: Deliver, **options: Any
-    ) -> Ticket:
+    ) -> WatchedTicket:
         """``Scheduler.submit`` with the metrics of the request; ``options`` are processors and cache_salt.
 
         ``deliver`` is called on the model thread. Raises what the scheduler raises, ClosedError if not ready.
         """
         return self.metrics.submit(self.scheduler, prompt_ids, params, deliver, options)
 
-    def known_names(self) -> Sequence[str]:
-        """The names the model answers to."""
-        return self.settings.model_names
+    @contextmanager
+    def embedding_slot(self) -> Iterator[None]:
+        """A place among the embedding requests at work; BusyError (429) if there are too many. Event loop only."""
+        if self._embeddings >= self.settings.max_pending_embeddings:
+            raise BusyError("too many embedding requests at once; try again a little later")
+        self._embeddings += 1
+        try:
+            yield
+        finally:
+            self._embeddings -= 1
