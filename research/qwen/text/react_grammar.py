@@ -1,0 +1,34 @@
+"""Grammars (llguidance's lark dialect) that hold an answer to the ReAct format and the arguments to their schema."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from research.qwen.text.react_tools import Tool
+
+MAX_THOUGHT = 400  # characters: a model that is made to call a tool must get to it
+
+
+def named_grammar(tool: Tool) -> str:
+    """The rest of an answer whose prompt already ends with ``Action Input:`` of this tool."""
+    return f"start: input_0\n{_input_rule(0, tool)}"
+
+
+def required_grammar(tools: Sequence[Tool]) -> str:
+    """The rest of an answer whose prompt ends with ``Thought:``: a thought in one line, then a call of any tool."""
+    calls = " | ".join(f"call_{number}" for number in range(len(tools)))
+    head = f'start: THOUGHT "\\nAction: " ({calls})\nTHOUGHT: /[^\\n]{{0,{MAX_THOUGHT}}}/\n'
+    return head + "".join(_call_rules(number, tool) for number, tool in enumerate(tools))
+
+
+def _call_rules(number: int, tool: Tool) -> str:
+    head = json.dumps(f"{tool.name}\nAction Input:", ensure_ascii=False)
+    return f"call_{number}: {head} input_{number}\n{_input_rule(number, tool)}"
+
+
+def _input_rule(number: int, tool: Tool) -> str:
+    """The space after the colon is part of it: the models write it as one token with what follows."""
+    if tool.args_format == "code":
+        return f'input_{number}: " " /(?s:.+)/\n'
+    return f'input_{number}: " " args_{number}\nargs_{number}: %json {json.dumps(tool.schema)}\n'
