@@ -60,10 +60,7 @@ def running_state(
     scheduler = Scheduler(engine, **options)
     scheduler.start()
     try:
-        end = time.monotonic() + 60
-        while scheduler.state == "loading":
-            assert time.monotonic() < end, "the scheduler does not get ready"
-            time.sleep(0.002)
+        assert scheduler.wait_ready(60), "the scheduler does not get ready"
         yield ServerState(settings or ServerSettings(), engine, scheduler)
     finally:
         scheduler.close()

@@ -13,6 +13,7 @@ from research.qwen.errors import QwenError
 COMMANDS = {
     "chat": "talk to a chat model in the terminal (without a model: the embedded demo)",
     "generate": "complete prompts from the command line, a file or standard input",
+    "serve": "serve a model to OpenAI clients, with a web page to chat (needs the extra [serve])",
     "convert": "convert weights: Hugging Face to MindSpore and back, export as Qwen2",
     "quantize": "write a checkpoint with int8 or int4 weights, so that later starts only map it",
     "info": "show what a checkpoint is, and what this machine can run it on",

@@ -88,14 +88,17 @@ def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
     return engine.default_params(**changes)
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
-    """Load the model of the options, with one line on standard error while it takes long."""
+def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
+    """Load the model of the options, with one line on standard error while it takes long.
+
+    ``options`` go to ``Engine.from_pretrained`` as they are.
+    """
     quieten(args.verbose)
     with held():  # see there: threads that are born now leave Ctrl-C to us
-        return _load_engine(args)
+        return _load_engine(args, options)
 
 
-def _load_engine(args: argparse.Namespace) -> Engine:
+def _load_engine(args: argparse.Namespace, options: dict[str, Any]) -> Engine:
     from research.qwen.demo import demo_folder
     from research.qwen.engine import Engine
     from research.qwen.kernels.devices import resolve_device
@@ -119,6 +122,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
         config=args.config,
         vocab_file=args.vocab,
         threads=args.threads,
+        **options,
     )
     if sys.stderr.isatty():
         print(f"ready after {time.monotonic() - started:.1f} s on {device}", file=sys.stderr)

@@ -22,7 +22,7 @@ from research.qwen.serve.state import ServerState
 
 router = APIRouter()
 
-CALL_TOKENS = 512  # tokens of one call of the model, so that running answers wait no longer than for a prompt
+CALL_TOKENS = 512  # of one call of the scheduler; before each the client is asked for
 
 
 class EmbeddingRequest(BaseModel):
@@ -83,8 +83,8 @@ async def _embed(
         if await request.is_disconnected():
             return None
 
-        def work(engine: Engine, batch: list[list[int]] = batch) -> NDArray[np.float32]:
-            return engine.embed(batch)
+        def work(engine: Engine, batch: list[list[int]] = batch) -> Any:
+            return engine.embed_steps(batch)  # in pieces: running answers go on between them
 
         vectors.append(await asyncio.wrap_future(state.scheduler.call(work)))
     return np.concatenate(vectors)

@@ -133,6 +133,8 @@ def _from_http(error: HTTPException) -> ApiError:
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
+    if isinstance(error.body, bytes):  # FastAPI reads JSON only where the header says so, see docs/server.md
+        return ApiError(415, "send JSON, with Content-Type: application/json", code="unsupported_media_type")
     first = error.errors()[0]
     location = tuple(first.get("loc", ()))
     kind, message = str(first.get("type", "")), str(first.get("msg", "")).removeprefix("Value error, ")

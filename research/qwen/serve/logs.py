@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from research.qwen.serve.errors import describe
+
 HEADER = b"x-request-id"
 FIELDS = "qwen.log"  # key of the scope under which a request collects the fields of its line
 LEVELS = ("debug", "info", "warning", "error")
@@ -121,8 +123,8 @@ class JsonFormatter(logging.Formatter):
         if name := request_id.get():
             line["request_id"] = name
         line |= getattr(record, FIELDS, {})
-        if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = record.exc_info[0].__name__
+        if record.exc_info and record.exc_info[1] is not None:
+            line["exception"] = describe(record.exc_info[1])
         return json.dumps(line, ensure_ascii=True, default=str)
 
 

@@ -203,11 +203,12 @@ class Watch:
             self._ticket = ticket
         self._settle()
 
-    def stop(self, reason: str) -> None:
-        """The choices that still run end for this reason."""
+    def stop(self, reason: str, choices: int | None = None) -> None:
+        """Choices that still run, by default all, end for this reason; each is counted once."""
         with self._lock:
-            running, self.running = self.running, 0
-        for _ in range(running):
+            ending = self.running if choices is None else min(choices, self.running)
+            self.running -= ending
+        for _ in range(ending):
             self.metrics.ended(reason)
 
     def _measure(self, delta: Delta, now: float) -> None:
@@ -221,8 +222,7 @@ class Watch:
         for _ in range(count if before is not None else 0):
             self.metrics.observe("time_per_output_token_seconds", (now - (before or now)) / count)
         if delta.finish_reason is not None:
-            self.running -= 1
-            self.metrics.ended(delta.finish_reason)
+            self.stop(delta.finish_reason, 1)
         if delta.usage is not None:
             self.metrics.observe("e2e_request_latency_seconds", now - self.arrived)
             with self._lock:

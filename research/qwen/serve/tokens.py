@@ -133,7 +133,6 @@ def props(request: Request) -> dict[str, Any]:
     state: ServerState = request.app.state.qwen
     return {
         "default_generation_settings": {"n_ctx": state.engine.lm.max_length},
-        "total_slots": state.engine.max_batch,
         "model_alias": state.model_name,
         "chat_template": CHAT_TEMPLATE if state.engine.chat_format == "chatml" else None,
     }
