@@ -207,7 +207,7 @@ def test_prompt_longer_than_the_context(engine):
 def test_one_bad_prompt_refuses_the_batch_and_leaves_nothing_running(engine, golden):
     with pytest.raises(PromptError, match="outside"):
         engine.generate([prompt_ids(golden, 0), [-1]], GREEDY)
-    assert not engine._loop.busy and not engine._requests
+    assert not engine._loop.busy and not engine.requests
 
 
 def test_an_interrupted_batch_leaves_nothing_running(engine, golden, monkeypatch):
@@ -220,7 +220,7 @@ def test_an_interrupted_batch_leaves_nothing_running(engine, golden, monkeypatch
     monkeypatch.setattr(engine, "_collect", interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.generate([prompt_ids(golden, 0), prompt_ids(golden, 1)], GREEDY)
-    assert calls and not engine._loop.busy and not engine._requests
+    assert calls and not engine._loop.busy and not engine.requests
 
 
 def test_not_a_prompt(engine):

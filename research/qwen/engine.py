@@ -1,30 +1,30 @@
 """Tokenizer, model and decoding as one object: prompts and messages in, text and deltas out.
 
 Many requests may run at once, from one thread or several: whoever waits for a token drives the shared loop and hands
-the others theirs. Imports neither MindSpore nor MindFormers; ``from_pretrained`` loads the model behind it lazily.
+the others theirs. What the beginning of a prompt needs is found in the cache if it was computed before. Imports neither
+MindSpore nor MindFormers; ``from_pretrained`` loads the model behind it lazily.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from research.qwen.answers import Choice, Request, Result, Score
+from research.qwen.answers import Request, Requests, Result, Score, as_choice
 from research.qwen.decode.loop import Chunk, GenerationLoop, LanguageModel
 from research.qwen.decode.params import SamplingParams
-from research.qwen.errors import PromptError, RequestError
-from research.qwen.messages import Delta, Message, Usage
+from research.qwen.errors import LogitsError, PromptError, RequestError
+from research.qwen.messages import Delta, Message
 from research.qwen.text import chatml
 from research.qwen.text.tokenizer import QwenTokenizer
 
 SCORE_CHUNK = 256  # rows of logits held at once while scoring: 256 x 151936 float32 = 156 MB
+EMBED_CHUNK = 64  # tokens between which other work may go on
 
 NO_VOCABULARY = (
     "This model was loaded without one: put its qwen.tiktoken beside the checkpoint, name it (vocab_file), set "
@@ -33,6 +33,7 @@ NO_VOCABULARY = (
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
+T = TypeVar("T")
 
 
 class Engine:
@@ -43,6 +44,8 @@ class Engine:
         tokenizer: None works too: prompts are then ids, and ``text`` stays empty.
         generation: the checkpoint's generation_config as a mapping; it gives the defaults of ``params=None``.
         eos_ids: ids that end an answer, if not to be derived from tokenizer and chat format.
+        max_batch, prefill_chunk, mixed_chunk, use_cache, prefix_caching: see ``GenerationLoop``. Whoever changes the
+            weights of a model in use calls ``forget_prefixes``.
     """
 
     def __init__(
@@ -54,15 +57,25 @@ class Engine:
         eos_ids: Sequence[int] | None = None,
         max_batch: int = 16,
         prefill_chunk: int = 512,
+        mixed_chunk: int | None = None,
         use_cache: bool = True,
+        prefix_caching: bool = True,
     ):
         self.lm, self.tokenizer = lm, tokenizer
         self.generation = dict(generation or {})
         self.chat_format = str(self.generation.get("chat_format", "raw"))
         self.eos_ids = tuple(eos_ids) if eos_ids is not None else self._default_eos()
-        self._loop = GenerationLoop(lm, max_batch=max_batch, prefill_chunk=prefill_chunk, use_cache=use_cache)
-        self._requests: dict[int, Request] = {}
-        self._lock = threading.RLock()
+        self._loop = GenerationLoop(
+            lm,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            mixed_chunk=mixed_chunk,
+            use_cache=use_cache,
+            prefix_caching=prefix_caching,
+            isolate=True,
+        )
+        self.requests = Requests(self._loop, tokenizer, self.eos_ids)
+        self._lock = self.requests.lock
 
     @classmethod
     def from_pretrained(
@@ -93,7 +106,7 @@ class Engine:
             backend: cpu, reference or ascend; None follows the device.
             config: YAML to read the model from instead of config.json.
             num_blocks, block_size: size of the paged KV cache; None fits the context and the memory at hand.
-            options: max_batch, prefill_chunk, use_cache as for Engine.
+            options: max_batch, prefill_chunk, mixed_chunk, use_cache, prefix_caching as for Engine.
         Raises:
             ConfigError, CheckpointError, VocabularyError, KernelError: each says what is wrong and how to mend it.
         """
@@ -139,7 +152,8 @@ class Engine:
         try:
             return [self._collect(key, params) for key in keys]
         finally:
-            self._forget(keys)  # after an interruption the others must not go on
+            for key in keys:  # after an interruption the others must not go on
+                self.requests.close(key)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, yielding deltas of whole characters; the last one has finish reason and usage.
@@ -148,7 +162,7 @@ class Engine:
         """
         params = params or self.default_params()
         key = self._submit([self._encode(prompt)], params)[0]
-        return self._deltas(key, self._requests[key])
+        return self._deltas(key, self.requests[key])
 
     def chat(
         self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams | None = None
@@ -229,105 +243,100 @@ class Engine:
 
     # ---- running ----
 
+    def forget_prefixes(self) -> None:
+        """Compute the beginning of every later prompt anew."""
+        with self._lock:
+            self._loop.pool.forget()
+
     def _submit(self, encoded: Sequence[list[int]], params: SamplingParams) -> list[int]:
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a vocabulary; use stop_token_ids")
-        keys: list[int] = []
-        with self._lock:
-            try:
-                for ids in encoded:
-                    keys.append(self._loop.add(ids, params, self.eos_ids))
-                    self._requests[keys[-1]] = Request(ids, params, self.tokenizer)
-            except PromptError:  # all or nothing: what came before the bad prompt must not run either
-                self._forget(keys)
-                raise
-        return keys
-
-    def _forget(self, keys: Sequence[int]) -> None:
-        """Drop requests nobody waits for any more, and free their cache."""
-        with self._lock:
-            for key in keys:
-                request = self._requests.pop(key, None)
-                if request is not None and request.running:
-                    self._loop.cancel(key)
-
-    def _pump(self) -> None:
-        """One step of the shared loop; its events go to the inboxes of their requests."""
-        try:
-            events = self._loop.step()
-        except BaseException as error:
-            for request in self._requests.values():
-                request.failure = error
-            self._requests.clear()
-            raise
-        for event in events:
-            asked = self._requests.get(event.key)
-            if asked is None or asked.tracks[event.choice].done:
-                continue
-            track = asked.tracks[event.choice]
-            asked.inbox.append(track.add(event))
-            asked.new_tokens += 1
-            if track.done and event.finish_reason is None:  # a stop string: the loop does not know it yet
-                self._loop.cancel(event.key, event.choice)
+        checked = [self.requests.check(ids, params) for ids in encoded]  # all or nothing
+        return [self.requests.open(ids, params) for ids in checked]
 
     def _deltas(self, key: int, request: Request) -> Iterator[Delta]:
         try:
             while True:
                 with self._lock:
-                    if request.failure is not None:
-                        raise request.failure
                     if not request.inbox and request.running:
-                        self._pump()
+                        self.requests.pump()
                     pending = [request.inbox.popleft() for _ in range(len(request.inbox))]
                     ended = not request.running
-                for place, delta in enumerate(pending):
-                    if ended and place == len(pending) - 1:
-                        usage = Usage(len(request.prompt_ids), request.new_tokens)
-                        delta = replace(delta, usage=usage)
-                    yield delta
+                yield from pending
+                if request.failure is not None:
+                    raise request.failure
                 if ended:
                     return
         finally:
-            self._forget([key])
+            self.requests.close(key)
 
     def _collect(self, key: int, params: SamplingParams) -> Result:
-        request = self._requests[key]
+        request = self.requests[key]
         deltas: list[list[Delta]] = [[] for _ in range(params.n)]
-        usage = Usage(len(request.prompt_ids), 0)
         for delta in self._deltas(key, request):
             deltas[delta.index].append(delta)
-            usage = delta.usage or usage
-        choices = []
-        for pieces in deltas:
-            ids = [i for piece in pieces for i in piece.ids]
-            logprobs = (
-                [entry for piece in pieces for entry in piece.logprobs]
-                if params.logprobs is not None
-                else None
-            )
-            reason = pieces[-1].finish_reason or "length"
-            choices.append(Choice(ids, "".join(piece.text for piece in pieces), reason, logprobs))
-        return Result(request.prompt_ids, choices, usage)
+        scores = [entry for piece in deltas[0] for entry in piece.prompt_logprobs]
+        choices = [as_choice(pieces, params.logprobs is not None) for pieces in deltas]
+        asked = params.prompt_logprobs is not None
+        return Result(request.prompt_ids, choices, request.usage, scores if asked else None)
+
+    # ---- passes beside the loop ----
+
+    def embed(self, batch: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """(B, hidden) embeddings of unit length: the mean of the hidden states of all tokens of each row of ids.
+
+        Raises PromptError for an empty batch or row, ids outside the vocabulary, or too many of them.
+        """
+        return finish(self.embed_steps(batch))
+
+    def embed_steps(self, batch: Sequence[Sequence[int]]) -> Generator[None, None, NDArray[np.float32]]:
+        """``embed`` as a generator that yields between its passes, so that others get their turn."""
+        checked = [self._check_ids(self._check_types(ids)) for ids in batch]
+        if not checked:
+            raise PromptError("there is nothing to embed; give at least one input")
+        means = []
+        for ids in checked:
+            total: NDArray[np.float64] | float = 0.0
+            for chunk in self._chunks(ids, EMBED_CHUNK):
+                with self._lock:
+                    rows = self.lm.hidden([chunk])
+                total = total + rows.sum(axis=0, dtype=np.float64)
+                yield
+            length = float(np.linalg.norm(total))
+            if not 0.0 < length < np.inf:
+                raise LogitsError(
+                    f"hidden states of length {length}: the computation overflowed or the weights are damaged; try "
+                    "dtype float32 (or bfloat16), and check the checkpoint"
+                )
+            means.append(total / length)  # the direction of the mean
+        return np.asarray(means, np.float32)
 
     def _passes(self, ids: list[int]) -> Iterator[NDArray[np.float32]]:
-        """Logits of ``ids`` in bounded pieces, in cache blocks taken from the pool for this call."""
-        count = -(-len(ids) // self.lm.block_size)
+        """Logits of ``ids`` in bounded pieces."""
+        for chunk in self._chunks(ids, SCORE_CHUNK):
+            with self._lock:
+                rows = self.lm.forward([chunk])
+            yield rows
+
+    def _chunks(self, ids: list[int], size: int) -> Iterator[Chunk]:
+        """``ids`` in pieces, in cache blocks taken from the pool until the last one is done."""
         with self._lock:
-            blocks = self._loop.pool.alloc(count)
-        if blocks is None:
-            raise PromptError(
-                f"the cache has no {count} free blocks at the moment; try again when requests ended"
-            )
+            blocks = self._loop.take_blocks(-(-len(ids) // self.lm.block_size))
         try:
             alpha = self.lm.rope_alpha(len(ids))
-            for start in range(0, len(ids), SCORE_CHUNK):
-                part = ids[start : start + SCORE_CHUNK]
-                with self._lock:
-                    rows = self.lm.forward([Chunk(part, start, blocks, alpha, len(part))])
-                yield rows
+            for start in range(0, len(ids), size):
+                part = ids[start : start + size]
+                yield Chunk(part, start, blocks, alpha, len(part))
         finally:
             with self._lock:
                 self._loop.pool.free(blocks)
+
+
+def finish(steps: Generator[None, None, T]) -> T:
+    """Run a computation that comes in steps to its end; its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

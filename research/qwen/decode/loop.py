@@ -14,7 +14,7 @@ tokens; of two that run at once the younger waits for the older one's blocks ins
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +47,9 @@ class LanguageModel(Protocol):
 
     def forward(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         """(sum of chunk.logits, vocab_size) float32, rows in chunk order."""
+
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """(sum of chunk.logits, hidden_size) float32: the hidden states from which ``forward`` makes these rows."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,13 @@ class GenerationLoop:
     def started(self) -> list[int]:
         """Keys of the requests that the last step began to compute."""
         return self.schedule.started
+
+    def limit_mixed(self, tokens: int) -> None:
+        """Read at most so many prompt tokens in a step in which others decode."""
+        if tokens < 1:
+            raise RequestError(f"mixed_chunk must be at least 1, got {tokens}")
+        limits = self.schedule.limits
+        self.schedule.limits = replace(limits, mixed_chunk=min(tokens, limits.prefill_chunk))
 
     def add(
         self,

@@ -20,13 +20,17 @@ class Counters:
     """What a loop has done since it was made."""
 
     steps: int = 0
-    prompt_tokens: int = 0  # of all sequences that were started, counted once
+    prompt_tokens: int = 0  # of the requests that were started
     computed_tokens: int = 0  # that went through the model, those computed again included
     generation_tokens: int = 0
     preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens that were looked up in the cache
     prefix_hits: int = 0  # and those found there
     failed_passes: int = 0
+
+    def since(self, base: Counters) -> Counters:
+        """What came after ``base``."""
+        return Counters(**{name: value - getattr(base, name) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,11 @@ class Schedule:
             return
         sequence.started = True
         sequence.reused = sequence.cached
-        self.counters.prompt_tokens += sequence.prompt_length
         self.counters.prefix_hits += sequence.cached
         if self.limits.prefix_caching:
             self.counters.prefix_queries += sequence.prompt_length
         if sequence.choice == 0:
+            self.counters.prompt_tokens += sequence.prompt_length
             self.started.append(sequence.key)
 
     def _reusable(self, sequence: RunningSequence) -> list[bytes]:
