@@ -1,0 +1,68 @@
+"""The prompt of a chat request, and what reads the answer: tools, structured output, plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from research.qwen.decode.sampling import LogitsProcessor
+from research.qwen.errors import PromptError, RequestError
+from research.qwen.messages import Message
+from research.qwen.serve.chat_choice import ToolParser
+from research.qwen.serve.conversation import to_messages
+from research.qwen.serve.errors import ApiError
+from research.qwen.serve.protocol import ChatRequest
+from research.qwen.serve.sampling import refuse, stop_texts
+from research.qwen.serve.state import ServerState
+from research.qwen.text.react import ToolChoice, ToolPrompt, build_prompt, tools_from
+
+PLACE = re.compile(r"([A-Za-z_]\w*(?:\[\d+\]|\.\w+)*):")
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """Prompt ids, texts that end the answer, and makers of what a choice needs."""
+
+    ids: list[int]
+    stop: tuple[str, ...] = ()
+    processors: Callable[[int], Sequence[LogitsProcessor]] | None = None
+    parser: Callable[[], ToolParser | None] = lambda: None
+    echo: str = ""
+
+
+def chat_prompt(state: ServerState, body: ChatRequest) -> ChatPrompt:
+    """Messages and tools of a request as a prompt.
+
+    Raises:
+        QwenError, ApiError: what is wrong with them.
+    """
+    messages = to_messages(body.messages)
+    try:
+        prompt = _build(state, body, messages)
+    except (PromptError, RequestError) as error:
+        found = PLACE.match(str(error))
+        raise ApiError(400, str(error), param=found.group(1) if found else "messages") from error
+    return ChatPrompt(
+        ids=prompt.ids,
+        stop=tuple(dict.fromkeys((*(stop_texts(body.stop) or ()), *prompt.stop))),
+        parser=(lambda: None) if prompt.plain else prompt.stream,
+        echo=messages[-1].content if body.echo and prompt.continued else "",
+    )
+
+
+def _build(state: ServerState, body: ChatRequest, messages: list[Message]) -> ToolPrompt:
+    if body.continue_final_message and body.add_generation_prompt:
+        raise refuse("continue_final_message", "cannot be used together with add_generation_prompt")
+    tools = tools_from(body.tools, body.functions)
+    choice = ToolChoice.parse(body.tool_choice, body.function_call, tools)
+    opened = body.add_generation_prompt is not False or bool(body.continue_final_message)
+    return build_prompt(
+        messages,
+        tools,
+        choice,
+        state.tokenizer,
+        parallel=body.parallel_tool_calls is not False and not body.functions,
+        add_generation_prompt=opened,
+        continue_final=body.continue_final_message,
+    )
