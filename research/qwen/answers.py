@@ -128,11 +128,13 @@ class Request:
 
     def __init__(
         self,
+        key: int,
         prompt_ids: list[int],
         params: SamplingParams,
         tokenizer: QwenTokenizer | None,
         sink: Sink | None = None,
     ):
+        self.key = key
         self.prompt_ids = prompt_ids
         self.tracks = [Track(tokenizer, params) for _ in range(params.n)]
         self.inbox: deque[Delta] = deque()
@@ -183,9 +185,6 @@ class Requests:
     def __len__(self) -> int:
         return len(self._requests)
 
-    def __getitem__(self, key: int) -> Request:
-        return self._requests[key]
-
     def open(
         self,
         prompt_ids: list[int],
@@ -194,8 +193,8 @@ class Requests:
         *,
         processors: Processors = (),
         cache_salt: str = "",
-    ) -> int:
-        """Queue one request whose deltas, or error, go to ``sink`` from within ``pump``; its key.
+    ) -> Request:
+        """Queue one request whose deltas, or error, go to ``sink`` from within ``pump``.
 
         Raises PromptError and RequestError, see ``GenerationLoop.check``.
         """
@@ -203,14 +202,15 @@ class Requests:
             key = self.loop.add(
                 prompt_ids, params, self.eos_ids, processors=processors, cache_salt=cache_salt
             )
-            self._requests[key] = Request(prompt_ids, params, self.tokenizer, sink)
-        return key
+            request = Request(key, prompt_ids, params, self.tokenizer, sink)
+            self._requests[key] = request
+        return request
 
-    def close(self, key: int) -> None:
+    def close(self, request: Request) -> None:
         """Drop a request nobody waits for any more, and free its cache."""
         with self.lock:
-            self._requests.pop(key, None)
-            self.loop.cancel(key)
+            if self._requests.pop(request.key, None) is not None:
+                self.loop.cancel(request.key)
 
     def pump(self, on_start: Callable[[list[int]], None] | None = None) -> None:
         """One step of the shared loop; its events become deltas of their requests.
@@ -246,11 +246,11 @@ class Requests:
                 raise event.error
             delta = request.take(event)
         except Exception as error:
-            self.close(event.key)
+            self.close(request)
             request.fail(error)
             return
         if not request.running:
-            self.close(event.key)
+            self.close(request)
         elif delta.finish_reason is not None and event.finish_reason is None:
             self.loop.cancel(event.key, event.choice)  # a stop string: the loop does not know it yet
         request.sink(delta)
@@ -270,7 +270,7 @@ class Ticket:
         self.ended_at: float | None = None
         self.cached_tokens = 0
         self.deliver = deliver
-        self.key: int | None = None  # of the request in the loop, once it is there
+        self.request: Request | None = None  # once the model thread has it
         self.cancelled = False
         self._cancel = cancel
 

@@ -148,12 +148,12 @@ class Engine:
         """
         params = params or self.default_params()
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
-        keys = self._submit(encoded, params)
+        requests = self._submit(encoded, params)
         try:
-            return [self._collect(key, params) for key in keys]
+            return [self._collect(request, params) for request in requests]
         finally:
-            for key in keys:  # after an interruption the others must not go on
-                self.requests.close(key)
+            for request in requests:  # after an interruption the others must not go on
+                self.requests.close(request)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, yielding deltas of whole characters; the last one has finish reason and usage.
@@ -161,8 +161,7 @@ class Engine:
         Closing the iterator early cancels the request and frees its cache.
         """
         params = params or self.default_params()
-        key = self._submit([self._encode(prompt)], params)[0]
-        return self._deltas(key, self.requests[key])
+        return self._deltas(self._submit([self._encode(prompt)], params)[0])
 
     def chat(
         self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams | None = None
@@ -248,11 +247,11 @@ class Engine:
         with self._lock:
             self._loop.pool.forget()
 
-    def _submit(self, encoded: Sequence[list[int]], params: SamplingParams) -> list[int]:
+    def _submit(self, encoded: Sequence[list[int]], params: SamplingParams) -> list[Request]:
         checked = [self.requests.check(ids, params) for ids in encoded]  # all or nothing
         return [self.requests.open(ids, params) for ids in checked]
 
-    def _deltas(self, key: int, request: Request) -> Iterator[Delta]:
+    def _deltas(self, request: Request) -> Iterator[Delta]:
         try:
             while True:
                 with self._lock:
@@ -266,12 +265,11 @@ class Engine:
                 if ended:
                     return
         finally:
-            self.requests.close(key)
+            self.requests.close(request)
 
-    def _collect(self, key: int, params: SamplingParams) -> Result:
-        request = self.requests[key]
+    def _collect(self, request: Request, params: SamplingParams) -> Result:
         deltas: list[list[Delta]] = [[] for _ in range(params.n)]
-        for delta in self._deltas(key, request):
+        for delta in self._deltas(request):
             deltas[delta.index].append(delta)
         scores = [entry for piece in deltas[0] for entry in piece.prompt_logprobs]
         choices = [as_choice(pieces, params.logprobs is not None) for pieces in deltas]

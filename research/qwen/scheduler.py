@@ -291,14 +291,14 @@ class Scheduler:
         if ticket.done:
             return
         try:
-            ticket.key = self._requests.open(
+            ticket.request = self._requests.open(
                 order.prompt_ids,
                 order.params,
                 lambda item: self._hand_over(ticket, item),
                 processors=order.processors,
                 cache_salt=order.cache_salt,
             )
-            self._by_key[ticket.key] = ticket
+            self._by_key[ticket.request.key] = ticket
         except Exception as error:
             self._hand_over(ticket, error)
 
@@ -366,8 +366,8 @@ class Scheduler:
             self._cancel(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
-        if ticket.key is not None:
-            self._by_key.pop(ticket.key, None)
+        if ticket.request is not None:
+            self._by_key.pop(ticket.request.key, None)
         with self._wake:
             ticket.ended_at = time.monotonic()
             self._tickets.pop(ticket.id, None)
@@ -378,8 +378,8 @@ class Scheduler:
         if ticket.done:
             return
         self._finished["cancelled"] += 1
-        if ticket.key is not None:
-            self._requests.close(ticket.key)
+        if ticket.request is not None:
+            self._requests.close(ticket.request)
         self._finish(ticket)
 
     def _end(self, reason: BaseException, state: State) -> None:
@@ -390,8 +390,8 @@ class Scheduler:
             self._calls.clear()
             self._orders.clear()
         for ticket in tickets:
-            if ticket.key is not None:
-                self._requests.close(ticket.key)
+            if ticket.request is not None:
+                self._requests.close(ticket.request)
             self._hand_over(ticket, reason)
             if not ticket.done:
                 self._finish(ticket)
