@@ -12,7 +12,7 @@ from typing import Final
 from research.qwen.errors import PromptError
 from research.qwen.messages import Message, ToolCall
 from research.qwen.text import chatml
-from research.qwen.text.react_grammar import named_grammar, required_grammar
+from research.qwen.text.react_grammar import named_grammar, required_grammar, strict_grammar
 from research.qwen.text.react_stream import (
     ACTION,
     ACTION_INPUT,
@@ -115,7 +115,7 @@ def build_prompt(
     if answering:
         begun, prefix = begun.removeprefix(THOUGHT), begun or THOUGHT
     elif goes_on and react:
-        prefix = turns[-1].content
+        prefix = _assistant_text(messages[-1], [], len(messages) - 1, bool(shown))
     turns, ids = _open_turn(turns, begun, goes_on, tokenizer)
     return ToolPrompt(
         turns,
@@ -244,7 +244,7 @@ def _demand(choice: ToolChoice, tools: Sequence[Tool]) -> tuple[str, str, str | 
         return begun, begun, named_grammar(tool)
     if choice.kind == "required":
         return THOUGHT, THOUGHT, required_grammar(tools)
-    return "", "", None
+    return "", "", strict_grammar(tools) if any(tool.strict for tool in tools) else None
 
 
 def _open_turn(

@@ -22,13 +22,25 @@ def required_grammar(tools: Sequence[Tool]) -> str:
     return head + "".join(_call_rules(number, tool) for number, tool in enumerate(tools))
 
 
-def _call_rules(number: int, tool: Tool) -> str:
+def strict_grammar(tools: Sequence[Tool]) -> str:
+    """Any answer, but a call must name a tool, and its input follow the schema if the tool is strict.
+
+    ``head`` is lazy: it ends at the first ``Action: `` that begins a line, where FREE has ended already.
+    """
+    calls = " | ".join(f"call_{number}" for number in range(len(tools)))
+    head = f"start: FREE | head ({calls})\n"
+    head += r"head[lazy]: /(?s:(.*\n)?Action: )/ & ~/(?s:(.*\n)?Action:[^ ].*)/" + "\n"
+    head += r"FREE: /(?s:.*)/ & ~/(?s:(.*\n)?Action:.*)/" + "\n"
+    return head + "".join(_call_rules(n, tool, free=not tool.strict) for n, tool in enumerate(tools))
+
+
+def _call_rules(number: int, tool: Tool, *, free: bool = False) -> str:
     head = json.dumps(f"{tool.name}\nAction Input:", ensure_ascii=False)
-    return f"call_{number}: {head} input_{number}\n{_input_rule(number, tool)}"
+    return f"call_{number}: {head} input_{number}\n{_input_rule(number, tool, free)}"
 
 
-def _input_rule(number: int, tool: Tool) -> str:
+def _input_rule(number: int, tool: Tool, free: bool = False) -> str:
     """The space after the colon is part of it: the models write it as one token with what follows."""
-    if tool.args_format == "code":
+    if free or tool.args_format == "code":
         return f'input_{number}: " " /(?s:.+)/\n'
     return f'input_{number}: " " args_{number}\nargs_{number}: %json {json.dumps(tool.schema)}\n'
