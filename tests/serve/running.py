@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import uvicorn
 from fastapi import FastAPI
 
 from research.qwen.demo import demo_folder
 from research.qwen.engine import Engine
+from research.qwen.serve.app import create_app
 from research.qwen.serve.state import ServerSettings, ServerState
 from research.qwen.text.tokenizer import QwenTokenizer
 from tests.fakes import FakeLM
@@ -64,3 +66,27 @@ def running_state(
         yield ServerState(settings or ServerSettings(), engine, scheduler)
     finally:
         scheduler.close()
+
+
+@contextlib.contextmanager
+def fake_client(settings: ServerSettings | None = None, **options: Any) -> Iterator[httpx.Client]:
+    """A client of a ready server with the fake model."""
+    with (
+        running_state(fake_engine(), settings, **options) as state,
+        serve_app(create_app(state)) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+    ):
+        yield client
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a response, whose envelope is checked."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert body["error"]["message"] and isinstance(body["error"]["type"], str)
+    error: dict[str, Any] = body["error"]
+    return error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research.qwen import __version__
 from research.qwen.serve import chat, completions, embeddings, errors, metrics, models, page, tokens
@@ -20,7 +21,6 @@ def create_app(state: ServerState) -> FastAPI:
         version=__version__,
         docs_url=None,  # these pages load scripts from a CDN
         redoc_url=None,
-        root_path=state.settings.root_path,
         default_response_class=errors.JsonResponse,
         responses={"default": {"model": errors.ErrorBody, "description": "What went wrong"}},
         redirect_slashes=False,
@@ -35,13 +35,13 @@ def create_app(state: ServerState) -> FastAPI:
 
 def _add_middleware(app: FastAPI, state: ServerState) -> None:
     """What is added last sees a request first. Plain ASGI classes only: others hold streams back."""
-    settings = state.settings
+    settings, root = state.settings, state.settings.root_path.rstrip("/")
     app.add_middleware(BodyLimit, max_body=settings.max_body, seconds=settings.body_seconds)
     app.add_middleware(
         KeyCheck,
         keys=settings.api_keys,
         open_metrics=settings.open_metrics,
-        root_path=settings.root_path.rstrip("/"),
+        root_path=root,
     )
     app.add_middleware(errors.Guard)
     if settings.cors_origins:
@@ -53,3 +53,20 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(RequestLog, observe=state.metrics.http)
+    if root:
+        app.add_middleware(RootPath, root_path=root)
+
+
+class RootPath:
+    """ASGI: puts the server under a prefix, whether the proxy in front of it cuts the prefix off or not."""
+
+    def __init__(self, app: ASGIApp, root_path: str):
+        self.app, self.root_path = app, root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http":
+            path = str(scope["path"])
+            inside = path == self.root_path or path.startswith(self.root_path + "/")
+            scope = {**scope, "root_path": self.root_path, "path": path if inside else self.root_path + path}
+        await self.app(scope, receive, send)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Request
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import Field, WithJsonSchema
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -18,19 +18,33 @@ from research.qwen.engine import Engine
 from research.qwen.errors import RequestError
 from research.qwen.serve.errors import ApiError, JsonResponse
 from research.qwen.serve.logs import note
+from research.qwen.serve.protocol import Body
+from research.qwen.serve.sampling import refuse
+from research.qwen.serve.sse import unless_gone
 from research.qwen.serve.state import ServerState
 
 router = APIRouter()
 
-CALL_TOKENS = 512  # of one call of the scheduler; before each the client is asked for
+CALL_TOKENS = 512  # of one call of the scheduler: what a client that leaves can still cost
 
 
-class EmbeddingRequest(BaseModel):
+IDS = {"type": "array", "items": {"type": "integer"}}
+INPUT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        IDS,
+        {"type": "array", "items": IDS},
+    ]
+}
+
+
+class EmbeddingRequest(Body):
     """Body of POST /v1/embeddings."""
 
-    input: str | list[str] | list[StrictInt] | list[list[StrictInt]]
+    input: Annotated[Any, WithJsonSchema(INPUT_SCHEMA)]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(description="the model's own number, if given")] = None
     user: str | None = None
 
@@ -45,43 +59,49 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     tokens = sum(map(len, prompts))
     note(request, prompt_tokens=tokens, inputs=len(prompts))
     with state.embedding_slot():
-        vectors = await _embed(request, state, prompts)
-    if vectors is None:
-        return Response(status_code=499)  # the client has left
+        vectors = await unless_gone(request, _embed(state, prompts))
     if body.dimensions not in (None, vectors.shape[1]):
         raise ApiError(400, f"dimensions can only be {vectors.shape[1]} here", param="dimensions")
     return await run_in_threadpool(_answer, vectors, body.encoding_format, name, tokens)
 
 
-def _encode(state: ServerState, given: str | list[Any]) -> list[list[int]]:
-    """Ids of every input. RequestError or ApiError for an input that is empty, too long or not in the vocabulary."""
-    several = isinstance(given, list) and given and not isinstance(given[0], int)
-    inputs: list[Any] = list(given) if several else [given]
-    if len(inputs) > state.settings.max_inputs:
-        limit = state.settings.max_inputs
-        raise ApiError(400, f"{len(inputs)} inputs, at most {limit} go into a request", param="input")
-    prompts = []
-    for place, item in enumerate(inputs):
-        param = f"input[{place}]" if several else "input"
-        ids = state.tokenizer.encode(item) if isinstance(item, str) else list(item)
-        if not ids:
-            raise ApiError(400, f"{param} is empty; give at least one token", param=param)
-        size = state.engine.lm.vocab_size
-        if min(ids) < 0 or max(ids) >= size:
-            raise ApiError(400, f"{param} has ids outside the vocabulary of {size}", param=param)
-        state.check_context(len(ids), 0, param=param)
-        prompts.append(ids)
-    return prompts
+def _encode(state: ServerState, given: Any) -> list[list[int]]:
+    """Ids of every input. ApiError for an input that is empty, too long, not in the vocabulary, or something else."""
+    if isinstance(given, str) or _is_ids(given):
+        return [_ids(state, given, "input")]
+    if not isinstance(given, list):
+        raise refuse("input", "must be a string, token ids, or a list of them")
+    if not given:
+        raise refuse("input", "is an empty list; give at least one input")
+    if len(given) > state.settings.max_inputs:
+        raise refuse(
+            "input", f"has {len(given)} inputs; at most {state.settings.max_inputs} are taken at once"
+        )
+    return [_ids(state, item, f"input[{place}]") for place, item in enumerate(given)]
 
 
-async def _embed(
-    request: Request, state: ServerState, prompts: list[list[int]]
-) -> NDArray[np.float32] | None:
-    """(B, hidden) vectors, a few inputs a call; None if the client leaves meanwhile."""
+def _is_ids(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and type(given[0]) is int
+
+
+def _ids(state: ServerState, item: Any, where: str) -> list[int]:
+    if isinstance(item, str):
+        item = state.tokenizer.encode(item)
+    if not isinstance(item, list) or not all(type(token) is int for token in item):
+        raise refuse(where, "must be a string or a list of token ids")
+    if not item:
+        raise refuse(where, "is empty; give at least one token")
+    size = state.engine.lm.vocab_size
+    if min(item) < 0 or max(item) >= size:
+        raise refuse(where, f"has ids outside the vocabulary of {size}")
+    state.check_context(len(item), 0, param=where)
+    return item
+
+
+async def _embed(state: ServerState, prompts: list[list[int]]) -> NDArray[np.float32]:
+    """(B, hidden) vectors, a few inputs a call."""
     vectors = []
     for batch in _batches(prompts):
-        if await request.is_disconnected():
-            return None
 
         def work(engine: Engine, batch: list[list[int]] = batch) -> Any:
             return engine.embed_steps(batch)  # in pieces: running answers go on between them
@@ -101,7 +121,7 @@ def _batches(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
     yield batch
 
 
-def _answer(vectors: NDArray[np.float32], encoding: str, name: str, tokens: int) -> Response:
+def _answer(vectors: NDArray[np.float32], encoding: str | None, name: str, tokens: int) -> Response:
     if not np.isfinite(vectors).all():
         raise RequestError("the model gives no finite vector for this input")
     data = [
@@ -112,7 +132,7 @@ def _answer(vectors: NDArray[np.float32], encoding: str, name: str, tokens: int)
     return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
 
-def _as_json(vector: NDArray[np.float32], encoding: str) -> str | list[float]:
+def _as_json(vector: NDArray[np.float32], encoding: str | None) -> str | list[float]:
     """The numbers, or their little-endian float32 bytes in base64."""
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -135,19 +135,28 @@ def _from_http(error: HTTPException) -> ApiError:
 def _from_validation(error: RequestValidationError) -> ApiError:
     if isinstance(error.body, bytes):  # FastAPI reads JSON only where the header says so, see docs/server.md
         return ApiError(415, "send JSON, with Content-Type: application/json", code="unsupported_media_type")
-    first = error.errors()[0]
+    found = error.errors()
+    first = found[0]
     location = tuple(first.get("loc", ()))
-    kind, message = str(first.get("type", "")), str(first.get("msg", "")).removeprefix("Value error, ")
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', message)}")
-    param = param_path(location, error.body)
-    return ApiError(400, f"{param}: {message}" if param else f"body: {message}", param=param)
+    if first.get("type") == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "it cannot be read")
+        return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+    param = param_path(location, error.body, first.get("type") == "missing")
+    # Of a field that may be one thing or another, each branch says what it wanted.
+    wanted = [_wish(other) for other in found if param_path(tuple(other["loc"]), error.body, False) == param]
+    message = "; or ".join(dict.fromkeys(wanted or [_wish(first)]))
+    return ApiError(400, f"{param or 'the body'}: {message}", param=param)
 
 
-def param_path(location: tuple[int | str, ...], body: Any) -> str | None:
+def _wish(found: Mapping[str, Any]) -> str:
+    message = str(found.get("msg", "it is not valid")).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def param_path(location: tuple[int | str, ...], body: Any, missing: bool) -> str | None:
     """``messages[0].content`` out of a validator's location, which also names the branches of unions.
 
-    A part counts if the body really has it there; the last name may be missing there (a required field).
+    A part counts if the body has it there; with ``missing`` so does the last one.
     """
     if location[:1] and location[0] in ("query", "path", "header"):
         return ".".join(str(part) for part in location[1:]) or None
@@ -156,9 +165,9 @@ def param_path(location: tuple[int | str, ...], body: Any) -> str | None:
     for place, part in enumerate(parts):
         if isinstance(part, int) and isinstance(here, list) and part < len(here):
             path, here = f"{path}[{part}]", here[part]
-        elif isinstance(part, str) and isinstance(here, Mapping):
-            if part not in here and place < len(parts) - 1:
-                continue  # the name of a branch
+        elif not isinstance(part, str) or not isinstance(here, Mapping):
+            continue
+        elif part in here or (missing and place == len(parts) - 1):
             path, here = f"{path}.{part}" if path else part, here.get(part)
     return path or None
 

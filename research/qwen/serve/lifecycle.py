@@ -30,6 +30,7 @@ from research.qwen.serve.state import ServerState
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+WATCH_SECONDS = 1.0
 FLUSH_SECONDS = 5  # for the last bytes of answers once the scheduler has ended
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that it is they who close them
 
@@ -113,12 +114,20 @@ class Service:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         self._loading.start()
         stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        watching = asyncio.create_task(self._watch())
+        await asyncio.wait((serving, stopped, watching), return_when=asyncio.FIRST_COMPLETED)
         self.state.begin_drain()
         await asyncio.to_thread(self._drain)
         server.should_exit = True
         await serving
         stopped.cancel()
+        watching.cancel()
+
+    async def _watch(self) -> None:
+        """Ends when the model has failed at work: a supervisor can only start again what ends."""
+        while self._scheduler is None or self._scheduler.state != "failed":
+            await asyncio.sleep(WATCH_SECONDS)
+        self.state.fail(KernelError("the model has failed; the log says where. Start the server again"))
 
     def _load(self) -> None:
         try:

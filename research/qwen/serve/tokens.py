@@ -9,64 +9,49 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, StrictInt
+from pydantic import StrictInt
 
 from research.qwen.chat_template import CHAT_TEMPLATE
-from research.qwen.errors import RequestError
-from research.qwen.messages import Message
+from research.qwen.serve.chat_prompt import chat_prompt
 from research.qwen.serve.errors import ApiError
+from research.qwen.serve.protocol import Body, ChatMessage, ChatRequest, Object
 from research.qwen.serve.state import ServerState
-from research.qwen.text import chatml
 from research.qwen.text.tokenizer import QwenTokenizer
 from research.qwen.text.vocabulary import END_OF_TEXT, IM_END
 
 router = APIRouter()
 
-ROLES = {"developer": "system", "function": "tool"}
+CHAT_FIELDS = {"messages", "tools", "tool_choice", "add_generation_prompt", "continue_final_message"}
+
+# No ``async`` below: these run in worker threads, since a long text takes its time.
 
 
-class TextPart(BaseModel):
-    """A part of a message's content."""
-
-    type: str
-    text: str | None = None
+class TemplateRequest(ChatRequest):
+    """Body of POST /apply-template: what a chat request says of its prompt; the rest of it is ignored."""
 
 
-class PlainMessage(BaseModel):
-    """A message without tools."""
-
-    role: str
-    content: str | list[TextPart] | None = None
-
-
-class TokenizeRequest(BaseModel):
-    """Body of POST /tokenize: ``prompt`` or ``messages``."""
+class TokenizeRequest(Body):
+    """Body of POST /tokenize: ``prompt``, or ``messages`` with what else a chat request says of its prompt."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[PlainMessage] | None = None
-    add_generation_prompt: bool = True
+    messages: list[ChatMessage] | None = None
+    tools: list[Object] | None = None
+    tool_choice: str | Object | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None  # without effect: the models know no token before a text
     parse_special: bool = True
     return_token_strs: bool | None = None
 
 
-class TemplateRequest(BaseModel):
-    """Body of POST /apply-template."""
-
-    model: str | None = None
-    messages: list[PlainMessage]
-    add_generation_prompt: bool = True
-
-
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
     model: str | None = None
     tokens: list[StrictInt]
 
 
-# No ``async``: these run in worker threads, since a long text takes its time.
 @router.post("/tokenize")
 @router.post("/v1/tokenize", include_in_schema=False)
 def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
@@ -79,8 +64,8 @@ def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     if body.prompt is not None:
         ids = tokenizer.encode(body.prompt, allowed_special="all" if body.parse_special else ())
     else:
-        turns = _conversation(body.messages or [])
-        ids = chatml.render(turns, tokenizer, add_generation_prompt=body.add_generation_prompt)
+        chat = ChatRequest.model_validate(body.model_dump(include=CHAT_FIELDS))
+        ids = chat_prompt(state, chat).ids
     answer = {"count": len(ids), "max_model_len": state.engine.lm.max_length, "tokens": ids}
     strings = [token_text(tokenizer, i) for i in ids] if body.return_token_strs else None
     return {**answer, "token_strs": strings}
@@ -120,11 +105,10 @@ def tokenizer_info(request: Request) -> dict[str, Any]:
 
 @router.post("/apply-template")
 def apply_template(request: Request, body: TemplateRequest) -> dict[str, str]:
-    """A conversation as the text of its prompt, to be read: a text cannot keep contents and control tokens apart."""
+    """The prompt of a chat request as text, to be read: a text cannot keep contents and control tokens apart."""
     state: ServerState = request.app.state.qwen
     state.check_model(body.model)
-    turns = _conversation(body.messages)
-    return {"prompt": chatml.render_text(turns, add_generation_prompt=body.add_generation_prompt)}
+    return {"prompt": state.tokenizer.decode(chat_prompt(state, body).ids)}
 
 
 @router.get("/props")
@@ -145,23 +129,3 @@ def token_text(tokenizer: QwenTokenizer, token: int) -> str:
         return piece.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
-
-def _conversation(messages: list[PlainMessage]) -> list[Message]:
-    turns = [_turn(message, place) for place, message in enumerate(messages)]
-    if not turns:
-        raise ApiError(400, "messages is empty; give at least one", param="messages")
-    return turns if turns[0].role == "system" else [Message("system", chatml.DEFAULT_SYSTEM), *turns]
-
-
-def _turn(message: PlainMessage, place: int) -> Message:
-    content = message.content
-    if isinstance(content, list):
-        other = next((part.type for part in content if part.type != "text" or part.text is None), None)
-        if other is not None:
-            raise ApiError(400, "only text parts are possible here", param=f"messages[{place}].content")
-        content = "".join(part.text or "" for part in content)
-    role: Any = ROLES.get(message.role, message.role)
-    if role not in ("system", "user", "assistant", "tool"):
-        raise RequestError(f"messages[{place}].role is unknown; use system, user, assistant or tool")
-    return Message(role, content or "")
