@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from research.qwen.cli import COMMANDS
-
 FILES = ("Dockerfile.cpu", "Dockerfile.ascend")
 
 
@@ -111,8 +109,6 @@ def serve_arguments(command: list[str]) -> list[str]:
 
 
 def test_commands_are_ones_the_server_knows(compose, repository):
-    if "serve" not in COMMANDS:
-        pytest.skip("the server is not part of this tree")
     from research.qwen.cli.serve import build_parser
 
     commands = [service["command"] for service in compose["services"].values()]
