@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,8 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from research.qwen import __version__
-from research.qwen.messages import Delta
-from research.qwen.serve.answer import Answers, Ask, truncated, usage_body
+from research.qwen.messages import Delta, Usage
+from research.qwen.serve.answer import Answers, Ask, StreamUsage, truncated, usage_body
 from research.qwen.serve.chat_choice import (
     ChatChoice,
     ChoiceOptions,
@@ -26,7 +27,7 @@ from research.qwen.serve.chat_prompt import ChatPrompt, chat_prompt
 from research.qwen.serve.errors import JsonResponse
 from research.qwen.serve.logprobs import ShownTokens, TokenNames, prompt_entries
 from research.qwen.serve.protocol import ChatRequest
-from research.qwen.serve.sampling import check_stream_options, refuse, sampling_params
+from research.qwen.serve.sampling import refuse, sampling_params
 from research.qwen.serve.sse import DONE, EventStream, event, unless_gone
 from research.qwen.serve.state import ServerState
 
@@ -41,8 +42,7 @@ class ChatJob:
     ask: Ask
     head: dict[str, Any]  # what every chunk begins with
     choices: Callable[[], ChatChoice]
-    usage_chunk: bool = False
-    usage_in_chunks: bool = False
+    usage: StreamUsage
     prompt_ids: list[int] | None = None
     names: TokenNames | None = None
 
@@ -58,14 +58,14 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     model = state.check_model(body.model)
     state.check_ready()
     job = await run_in_threadpool(prepare, state, body, model)
-    answers = Answers()
-    answers.start(state, [job.ask])
+    answers = Answers(state, [job.ask])
+    end = partial(answers.end, request)
     if body.stream:
-        return EventStream(_events(job, answers), answers.close, state.settings.ping_seconds)
+        return EventStream(_events(job, answers), end, state.settings.ping_seconds)
     try:
         return JsonResponse(await unless_gone(request, _whole(job, answers)))
     finally:
-        answers.close()
+        end()
 
 
 # ---- before ----
@@ -78,17 +78,14 @@ def prepare(state: ServerState, body: ChatRequest, model: str) -> ChatJob:
         QwenError, ApiError: what is wrong with it.
     """
     _check(body)
-    usage_chunk = check_stream_options(body)
+    usage = StreamUsage.of(body)
     prompt = chat_prompt(state, body)
     limit = state.engine.lm.max_length
     ids = truncated(prompt.ids, body.truncate_prompt_tokens, limit)
-    wish = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    wish = wish if wish is not None else state.settings.default_max_tokens
-    state.check_context(len(ids), wish, param="messages")
     params = sampling_params(
         body,
         state.engine,
-        max_new_tokens=wish,
+        max_new_tokens=_length(state, body, ids),
         stop=prompt.stop,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
@@ -97,11 +94,18 @@ def prepare(state: ServerState, body: ChatRequest, model: str) -> ChatJob:
         ask=Ask(ids, params, prompt.processors, body.cache_salt or ""),
         head=_head(kind, model, body.request_id),
         choices=_choice_maker(state, body, prompt),
-        usage_chunk=usage_chunk,
-        usage_in_chunks=bool(body.stream_options and body.stream_options.continuous_usage_stats),
+        usage=usage,
         prompt_ids=ids if body.return_token_ids else None,
         names=_names(state, body),
     )
+
+
+def _length(state: ServerState, body: ChatRequest, ids: list[int]) -> int | None:
+    """How many tokens the answer may have; None: what the context holds. Refuses what does not fit."""
+    wish = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    room = state.check_context(len(ids), wish, param="messages")
+    default = state.settings.default_max_tokens
+    return wish if wish is not None or default is None else min(default, room)
 
 
 def _check(body: ChatRequest) -> None:
@@ -179,17 +183,17 @@ async def _events(job: ChatJob, answers: Answers) -> AsyncIterator[bytes]:
     first = True
     async for _, delta in answers:
         for piece in writers[delta.index].add(delta):
-            chunk = _chunk(job, delta, piece)
+            chunk = _chunk(job, delta, piece, answers.usage)
             if first and job.prompt_ids is not None:
                 chunk["prompt_token_ids"] = job.prompt_ids
             first = False
             yield event(chunk)
-    if job.usage_chunk:
+    if job.usage.last:
         yield event({**job.head, "choices": [], "usage": usage_body(answers.usage)})
     yield DONE
 
 
-def _chunk(job: ChatJob, delta: Delta, piece: Piece) -> dict[str, Any]:
+def _chunk(job: ChatJob, delta: Delta, piece: Piece, usage: Usage) -> dict[str, Any]:
     choice = {
         "index": delta.index,
         "delta": piece.delta,
@@ -198,5 +202,4 @@ def _chunk(job: ChatJob, delta: Delta, piece: Piece) -> dict[str, Any]:
     }
     if piece.token_ids is not None:
         choice["token_ids"] = piece.token_ids
-    chunk = {**job.head, "choices": [choice]}
-    return {**chunk, "usage": None} if job.usage_chunk else chunk
+    return {**job.head, "choices": [choice], **job.usage.in_chunk(usage)}

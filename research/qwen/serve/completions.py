@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,12 +14,14 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from research.qwen import __version__
-from research.qwen.serve.answer import Answers, Ask, truncated, usage_body
-from research.qwen.serve.completion_choice import CompletionChoice, CompletionOptions, Part, best, choice_of
-from research.qwen.serve.errors import JsonResponse
+from research.qwen.decode.params import SamplingParams
+from research.qwen.errors import PromptError
+from research.qwen.serve.answer import Answers, Ask, StreamUsage, truncated, usage_body
+from research.qwen.serve.completion_choice import CompletionChoice, CompletionOptions, best, choice_of
+from research.qwen.serve.errors import ApiError, JsonResponse
 from research.qwen.serve.logprobs import TokenNames
 from research.qwen.serve.protocol import CompletionRequest
-from research.qwen.serve.sampling import check_stream_options, refuse, sampling_params
+from research.qwen.serve.sampling import refuse, sampling_params
 from research.qwen.serve.sse import DONE, EventStream, event, unless_gone
 from research.qwen.serve.state import ServerState
 
@@ -35,7 +38,7 @@ class CompletionJob:
     head: dict[str, Any]
     options: CompletionOptions
     n: int  # choices that are returned for each prompt; the scheduler is asked for params.n
-    usage_chunk: bool = False
+    usage: StreamUsage
 
     def make_choices(self) -> list[list[CompletionChoice]]:
         """A writer for each choice of each prompt."""
@@ -51,14 +54,14 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     model = state.check_model(body.model)
     state.check_ready()
     job = await run_in_threadpool(prepare, state, body, model)
-    answers = Answers()
-    answers.start(state, job.asks)
+    answers = Answers(state, job.asks)
+    end = partial(answers.end, request)
     if body.stream:
-        return EventStream(_events(job, answers), answers.close, state.settings.ping_seconds)
+        return EventStream(_events(job, answers), end, state.settings.ping_seconds)
     try:
         return JsonResponse(await unless_gone(request, _whole(job, answers)))
     finally:
-        answers.close()
+        end()
 
 
 # ---- before ----
@@ -70,26 +73,26 @@ def prepare(state: ServerState, body: CompletionRequest, model: str) -> Completi
     Raises:
         QwenError, ApiError: what is wrong with it.
     """
-    usage_chunk = check_stream_options(body)
+    usage = StreamUsage.of(body)
     n = _check(body)
     prompts = [
         truncated(ids, body.truncate_prompt_tokens, state.engine.lm.max_length)
         for ids in _prompts(state, body.prompt)
     ]
-    wish = body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS
-    for ids in prompts:
-        _check_room(state, body, ids)
+    for ids in prompts:  # 16 tokens that nobody asked for may be cut by the context
+        state.check_context(len(ids), body.max_tokens)
     ranked = body.best_of is not None and body.best_of > n
     logprobs = body.logprobs if body.logprobs is not None else (0 if ranked else None)
     echoed = body.logprobs if body.echo else None
     params = sampling_params(
         body,
         state.engine,
-        max_new_tokens=wish,
+        max_new_tokens=body.max_tokens if body.max_tokens is not None else DEFAULT_MAX_TOKENS,
         n=max(n, body.best_of or 0),
         logprobs=logprobs,
         prompt_logprobs=_most(body.prompt_logprobs, echoed),
     )
+    _check_prompts(state, prompts, params)
     tokenizer = state.engine.tokenizer
     options = CompletionOptions(
         tokenizer=tokenizer,
@@ -100,7 +103,16 @@ def prepare(state: ServerState, body: CompletionRequest, model: str) -> Completi
         token_ids=bool(body.return_token_ids),
     )
     asks = [Ask(ids, params, None, body.cache_salt or "") for ids in prompts]
-    return CompletionJob(asks, _head(model, body.request_id), options, n, usage_chunk)
+    return CompletionJob(asks, _head(model, body.request_id), options, n, usage)
+
+
+def _check_prompts(state: ServerState, prompts: list[list[int]], params: SamplingParams) -> None:
+    """All of them before any runs."""
+    for ids in prompts:
+        try:
+            state.engine.requests.check(ids, params)
+        except PromptError as error:
+            raise ApiError(400, str(error), param="prompt") from error
 
 
 def _check(body: CompletionRequest) -> int:
@@ -116,11 +128,6 @@ def _check(body: CompletionRequest) -> int:
     if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LOGPROBS:
         raise refuse("logprobs", f"must be from 0 to {MAX_LOGPROBS}, got {body.logprobs}")
     return n
-
-
-def _check_room(state: ServerState, body: CompletionRequest, ids: list[int]) -> None:
-    """Refuse what does not fit; a default of 16 new tokens that nobody asked for is cut to the room instead."""
-    state.check_context(len(ids), body.max_tokens)
 
 
 def _most(*wishes: int | None) -> int | None:
@@ -199,12 +206,9 @@ async def _events(job: CompletionJob, answers: Answers) -> AsyncIterator[bytes]:
         writers[prompt][delta.index].take(delta)
         for choice, writer in enumerate(writers[prompt]):
             for part in writer.parts():
-                yield event(_chunk(job, prompt * job.n + choice, part))
-    if job.usage_chunk:
+                index = prompt * job.n + choice
+                usage = job.usage.in_chunk(answers.usage)
+                yield event({**job.head, "choices": [choice_of(index, [part])], **usage})
+    if job.usage.last:
         yield event({**job.head, "choices": [], "usage": usage_body(answers.usage)})
     yield DONE
-
-
-def _chunk(job: CompletionJob, index: int, part: Part) -> dict[str, Any]:
-    chunk = {**job.head, "choices": [choice_of(index, [part])]}
-    return {**chunk, "usage": None} if job.usage_chunk else chunk

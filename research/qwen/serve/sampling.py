@@ -90,12 +90,3 @@ def _named(error: RequestError) -> ApiError:
     first = re.match(r"\w+", message)
     known = first is not None and first.group() in SamplingFields.model_fields
     return ApiError(400, message, param=first.group() if known and first else None)
-
-
-def check_stream_options(request: SamplingFields) -> bool:
-    """Whether a last chunk with the token counts is asked for; ApiError for options of no stream."""
-    if request.stream_options is None:
-        return False
-    if not request.stream:
-        raise refuse("stream_options", "is only allowed when stream is true")
-    return bool(request.stream_options.include_usage)
