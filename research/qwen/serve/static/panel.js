@@ -30,7 +30,8 @@ export class Panel {
     const changed = () => this.actions.changeKey(field.value.trim(), keep.checked);
     field.addEventListener("change", changed);
     keep.addEventListener("change", changed);
-    return group("connection",
+    // In a form, so that password managers know what the field is.
+    return h("form", { class: "group", on: { submit: (event) => event.preventDefault() } }, h("h3", { text: t("connection") }),
       labelled("model", t("model"), model),
       labelled("api-key", t("apiKey"), field),
       h("label", { class: "check" }, keep, h("span", { text: t("rememberKey") })));

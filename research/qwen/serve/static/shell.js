@@ -27,6 +27,7 @@ export function start(actions) {
   byId("scroller").addEventListener("scroll", showToEnd, { passive: true });
   document.addEventListener("keydown", (event) => pageKey(event, actions));
   NARROW.addEventListener("change", refreshDrawers);
+  new ResizeObserver(measureBar).observe(byId("scroller"));
   refreshDrawers();
 }
 
@@ -73,6 +74,12 @@ function refreshDrawers() {
   byId("sidebar").inert = !sidebarShown();
   byId("open-sidebar").setAttribute("aria-expanded", String(sidebarShown()));
   byId("scrim").hidden = !NARROW.matches || (byId("panel").hidden && !sidebarShown());
+}
+
+// The scroll bar takes its place on both sides of the conversation, so the message field gets as much.
+function measureBar() {
+  const { offsetWidth, clientWidth } = byId("scroller");
+  document.documentElement.style.setProperty("--bar", `${(offsetWidth - clientWidth) / 2}px`);
 }
 
 // --- lines at the top ---

@@ -241,6 +241,6 @@ export const STRINGS = {
 
 /** Questions offered on an empty page. */
 export const SUGGESTIONS = {
-  en: ["What is MindSpore?", "Who are you?", "Write a haiku about autumn rain", "Explain recursion with a short Python example"],
-  zh: ["比较适合深度学习入门的书籍有", "什么是深度学习？", "请背诵《静夜思》", "用一个简短的 Python 例子解释递归"],
+  en: ["What is MindSpore?", "Who are you?", "Write a haiku about autumn rain", "Explain recursion in Python"],
+  zh: ["比较适合深度学习入门的书籍有", "什么是深度学习？", "请背诵《静夜思》", "用 Python 解释递归"],
 };
