@@ -7,9 +7,9 @@ import contextlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from research.qwen.serve.errors import ApiError, error_response
+from research.qwen.serve.errors import ApiError, JsonResponse
 
-DRAIN_SECONDS = 2.0  # how long what comes behind the limit is read and thrown away
+DISCARD_SECONDS = 2.0  # how long what comes behind the limit is read and thrown away
 
 
 class BodyLimit:
@@ -26,49 +26,64 @@ class BodyLimit:
         if scope["type"] != "http" or not _has_body(scope):
             await self.app(scope, receive, send)
             return
+        error = None
+        body = _Body(receive)
         try:
             async with asyncio.timeout(self.seconds):
-                body = await self._read(scope, receive)
+                content = await self._read(scope, body)
         except TimeoutError:
             error = ApiError(408, f"the body did not arrive within {self.seconds:g} s", code="body_timeout")
-            await _refuse(error, scope, receive, send)
-            return
-        except ApiError as error:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_SECONDS):
-                    await self._discard(receive)
-            await _refuse(error, scope, receive, send)
-            return
-        if body is not None:  # else the client has left
-            await self.app(scope, _replay(body, receive), send)
+        except ApiError as too_large:
+            error = too_large
+        if error is not None:
+            await self._refuse(error, body, send)
+        elif content is not None:  # else the client has left
+            await self.app(scope, _replay(content, receive), send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, body: _Body) -> bytes | None:
         declared = next((value for key, value in scope["headers"] if key == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self.max_body:
             raise self._too_large()
-        pieces, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > self.max_body:
+        pieces = []
+        while not body.ended:
+            pieces.append(await body.read())
+            if body.size > self.max_body:
                 raise self._too_large()
-            if not message.get("more_body"):
-                return b"".join(pieces)
+        return None if body.left else b"".join(pieces)
 
-    async def _discard(self, receive: Receive) -> None:
-        """Let a client finish sending, within reason: many read no answer before, and see a broken pipe instead."""
-        size = 0
-        while size < 4 * self.max_body:
-            message = await receive()
-            size += len(message.get("body", b""))
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
-                return
+    async def _refuse(self, error: ApiError, body: _Body, send: Send) -> None:
+        """Answer, and let the client finish sending within reason: else many see a broken pipe and no answer."""
+        headers = {**(error.headers or {}), "Connection": "close"}
+        response = JsonResponse(error.body(), error.status_code, headers=headers)
+        await send(
+            {"type": "http.response.start", "status": error.status_code, "headers": response.raw_headers}
+        )
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while not body.ended and body.size < 4 * self.max_body:
+                    await body.read()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.max_body} bytes", code="body_too_large")
+
+
+class _Body:
+    """A body while it comes in."""
+
+    def __init__(self, receive: Receive):
+        self._receive = receive
+        self.size, self.ended, self.left = 0, False, False
+
+    async def read(self) -> bytes:
+        """The next piece; ``ended`` behind the last, ``left`` if the client closed the connection."""
+        message = await self._receive()
+        piece: bytes = message.get("body", b"")
+        self.size += len(piece)
+        self.left = message["type"] == "http.disconnect"
+        self.ended = self.left or not message.get("more_body", False)
+        return piece
 
 
 def _has_body(scope: Scope) -> bool:
@@ -86,8 +101,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return next_message
-
-
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    error.headers = {**(error.headers or {}), "Connection": "close"}
-    await error_response(error)(scope, receive, send)
