@@ -66,6 +66,12 @@ class Watched:
         self.settled()
         assert len(self.script.bodies) == asked + 1
 
+    def exchange_results(self, *answer: Any, **options: Any) -> None:
+        """Sends the results of tools that are filled in, and waits for the answer to them."""
+        self.script.say(*answer, **options)
+        self.button("Send results").click()
+        self.settled()
+
     def settled(self) -> None:
         """Waits until no answer is being written."""
         self.page.wait_for_selector("#stop", state="hidden")

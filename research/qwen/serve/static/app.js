@@ -240,6 +240,7 @@ function switchLanguage() {
   const next = currentLanguage() === "en" ? "zh" : "en";
   changeSettings({ ...state.settings, language: next });
   setLanguage(next);
+  byId("announcer").textContent = "";
   showAll();
 }
 
@@ -258,7 +259,7 @@ async function watchServer() {
   clearTimeout(watching);
   state.server = await api.health();
   if (state.server === "ready") await readModels();
-  else watching = setTimeout(watchServer, state.server === "loading" ? 2000 : 5000);
+  else watching = setTimeout(watchServer, state.server === "loading" ? 1000 : 4000);
   shell.showModel(state);
 }
 

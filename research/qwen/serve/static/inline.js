@@ -127,7 +127,7 @@ class Inline {
   }
 
   bareAddress() {
-    if (WORD.test(this.source[this.at - 1] ?? " ")) return false;
+    if (/\w/.test(this.source[this.at - 1] ?? " ")) return false; // Chinese puts no space before an address
     ADDRESS.lastIndex = this.at;
     const found = ADDRESS.exec(this.source);
     const text = found ? withoutTail(found[0]) : "";
