@@ -12,7 +12,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from research.qwen.decode.params import SamplingParams
-from research.qwen.decode.sampling import LogitsProcessor
+from research.qwen.decode.processors import LogitsProcessor
 from research.qwen.errors import BusyError
 from research.qwen.messages import Delta, Usage
 from research.qwen.serve.errors import ApiError

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from research.qwen.decode.sampling import LogitsProcessor
+from research.qwen.decode.constraints import Constraint
+from research.qwen.decode.processors import LogitsProcessor
 from research.qwen.errors import PromptError, RequestError
 from research.qwen.messages import Message
 from research.qwen.serve.chat_choice import ToolParser
@@ -15,6 +16,7 @@ from research.qwen.serve.errors import ApiError
 from research.qwen.serve.protocol import ChatRequest
 from research.qwen.serve.sampling import refuse, stop_texts
 from research.qwen.serve.state import ServerState
+from research.qwen.serve.structured import constraint_of, demanded_call, wanted_form
 from research.qwen.text.react import ToolChoice, ToolPrompt, build_prompt, tools_from
 
 PLACE = re.compile(r"([A-Za-z_]\w*(?:\[\d+\]|\.\w+)*):")
@@ -45,7 +47,8 @@ def chat_prompt(state: ServerState, body: ChatRequest) -> ChatPrompt:
         raise ApiError(400, str(error), param=found.group(1) if found else "messages") from error
     return ChatPrompt(
         ids=prompt.ids,
-        stop=tuple(dict.fromkeys((*(stop_texts(body.stop) or ()), *prompt.stop))),
+        stop=tuple(dict.fromkeys((*(stop_texts(body.stop) or ()), *_stops(prompt)))),
+        processors=_constraint(state, body, prompt),
         parser=(lambda: None) if prompt.plain else prompt.stream,
         echo=messages[-1].content if body.echo and prompt.continued else "",
     )
@@ -66,3 +69,18 @@ def _build(state: ServerState, body: ChatRequest, messages: list[Message]) -> To
         add_generation_prompt=opened,
         continue_final=body.continue_final_message,
     )
+
+
+def _stops(prompt: ToolPrompt) -> tuple[str, ...]:
+    """Stop strings of the format; a call whose JSON a grammar holds ends by itself, whatever its texts are."""
+    held = prompt.grammar is not None and all(tool.args_format == "json" for tool in prompt.tools)
+    return () if held else prompt.stop
+
+
+def _constraint(state: ServerState, body: ChatRequest, prompt: ToolPrompt) -> Constraint | None:
+    if prompt.tools and wanted_form(body) is not None:
+        what = "cannot hold an answer that may also be a call: leave tools out, or set tool_choice to none"
+        raise refuse("response_format", what)
+    if prompt.grammar is not None:
+        return demanded_call(state.engine, body, prompt.grammar)
+    return constraint_of(state.engine, body)

@@ -24,6 +24,7 @@ from research.qwen.serve.protocol import CompletionRequest
 from research.qwen.serve.sampling import refuse, sampling_params
 from research.qwen.serve.sse import DONE, EventStream, event, unless_gone
 from research.qwen.serve.state import ServerState
+from research.qwen.serve.structured import constraint_of
 
 router = APIRouter()
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -102,7 +103,8 @@ def prepare(state: ServerState, body: CompletionRequest, model: str) -> Completi
         echo=bool(body.echo),
         token_ids=bool(body.return_token_ids),
     )
-    asks = [Ask(ids, params, None, body.cache_salt or "") for ids in prompts]
+    form = constraint_of(state.engine, body)
+    asks = [Ask(ids, params, form, body.cache_salt or "") for ids in prompts]
     return CompletionJob(asks, _head(model, body.request_id), options, n, usage)
 
 
