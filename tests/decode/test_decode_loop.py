@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from research.qwen.decode.loop import GenerationLoop
 from research.qwen.decode.params import SamplingParams
@@ -205,47 +203,3 @@ def test_refused_at_once():
     assert not loop.busy
     with pytest.raises(RequestError, match="prefill_chunk"):
         GenerationLoop(FakeLM(), prefill_chunk=0)
-
-
-requests = st.lists(
-    st.tuples(
-        st.integers(0, 12),  # steps before it arrives
-        st.lists(st.integers(0, 63), min_size=1, max_size=14),
-        st.integers(1, 10),  # new tokens
-        st.sampled_from([None, 1, 2]),  # seed; None is greedy
-        st.one_of(st.none(), st.integers(0, 15)),  # cancelled after so many steps
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=120, deadline=None)
-@given(requests, st.integers(8, 20), st.integers(1, 4), st.integers(1, 9))
-def test_any_schedule_gives_what_each_request_gets_alone(plan, blocks, batch, chunk):
-    loop = GenerationLoop(FakeLM(num_blocks=blocks, block_size=4), max_batch=batch, prefill_chunk=chunk)
-    pending = sorted(enumerate(plan), key=lambda item: item[1][0])
-    keys, got, cancels, step = {}, {}, {}, 0
-    while pending or loop.busy:
-        while pending and pending[0][1][0] <= step:
-            number, (_, prompt, new, seed, cancel) = pending.pop(0)
-            params = SamplingParams(temperature=0 if seed is None else 1.5, seed=seed, max_new_tokens=new)
-            key = loop.add(prompt, params)
-            keys[key] = (number, prompt, params)
-            if cancel is not None:
-                cancels.setdefault(step + cancel, []).append(key)
-        for key in cancels.pop(step, ()):
-            loop.cancel(key)
-            got.setdefault(key, []).append(None)
-        for event in loop.step():
-            assert None not in got.get(event.key, ()), "an event after the cancellation"
-            got.setdefault(event.key, []).append(event.token)
-        step += 1
-        assert step < 3000, "starved"
-    assert loop.pool.free_blocks == blocks, "leaked blocks"
-    for key, (_, prompt, params) in keys.items():
-        want, _ = alone(prompt, params)
-        tokens = [token for token in got.get(key, []) if token is not None]
-        assert tokens == want[: len(tokens)]
-        if None not in got.get(key, []):
-            assert tokens == want

@@ -261,6 +261,8 @@ class GenerationLoop:
             except Exception as error:
                 if not self.isolate:
                     raise
+                if not np.isfinite(mine).all():  # what it computed before may be damaged, too
+                    self.pool.forget(sequence.blocks)
                 event = self._fail(sequence, error)
             if event is not None:
                 events.append(event)
@@ -301,8 +303,7 @@ class GenerationLoop:
         )
 
     def _fail(self, sequence: RunningSequence, error: Exception) -> Event:
-        """End the request of a sequence; what it computed may be damaged and is not to be found again."""
-        self.pool.forget(sequence.blocks)
+        """End the request of a sequence."""
         self.cancel(sequence.key)
         return Event(sequence.key, sequence.choice, NO_TOKEN, error=error)
 
