@@ -149,7 +149,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """ConfigError for a number that makes no sense."""
-    least = {"max_batch": 1, "max_queue": 0, "prefill_chunk": 1, "max_model_len": 2, "num_blocks": 1}
+    least = {"max_batch": 1, "max_queue": 1, "prefill_chunk": 1, "max_model_len": 2, "num_blocks": 1}
     for name, low in {**least, "default_max_tokens": 1, "max_body": 0.001, "grace": 0.0, "ping": 0.0}.items():
         value = getattr(args, name)
         if value is not None and not value >= low:

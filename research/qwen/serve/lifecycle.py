@@ -1,8 +1,8 @@
 """A server from its start to its end: the model loads while /health already answers, and a signal drains it.
 
-The signals are blocked in every thread and waited for in one: MindSpore puts a handler of its own in the place of
-Python's, and that would end the process in the middle of an answer. The command blocks them before anything starts
-threads, as NumPy and MindSpore do.
+The command blocks the signals before it imports what starts threads, and one thread waits for them: MindSpore puts
+a handler of its own in the place of Python's, and that would end the process in the middle of an answer. Handlers are
+there all the same, for a process in which some thread was older than the block.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Service:
         self._loading = threading.Thread(target=self._load, name="qwen-load", daemon=True)
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._clean = True
+        self._clean, self._asked_to_end = True, False
 
     def run(self, listener: socket.socket) -> bool:
         """Serve until a signal comes or loading fails; False if requests had to be cut off.
@@ -110,6 +110,8 @@ class Service:
 
     async def _serve(self, server: uvicorn.Server, listener: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            self._loop.add_signal_handler(number, self._signalled, number)
         threading.Thread(target=self._wait_for_signals, name="qwen-signals", daemon=True).start()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         self._loading.start()
@@ -157,12 +159,18 @@ class Service:
         self._scheduler.close()
 
     def _wait_for_signals(self) -> None:
-        number = signal.sigwait(SIGNALS)
-        log.info("%s: no new requests; running ones have %g s", _name(number), self.state.settings.grace)
+        while True:
+            self._signalled(signal.sigwait(SIGNALS))
+
+    def _signalled(self, number: int) -> None:
+        """The first signal drains, the second ends."""
+        name = signal.Signals(number).name
+        if self._asked_to_end:
+            log.warning("%s again: ending at once", name)
+            leave(128 + number)
+        self._asked_to_end = True
+        log.info("%s: no new requests; running ones have %g s", name, self.state.settings.grace)
         self.stop()
-        number = signal.sigwait(SIGNALS)
-        log.warning("%s again: ending at once", _name(number))
-        leave(128 + number)
 
 
 def leave(code: int) -> None:
@@ -171,7 +179,3 @@ def leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name

@@ -60,7 +60,7 @@ class BodyLimit:
         )
         await send({"type": "http.response.body", "body": response.body, "more_body": True})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DISCARD_SECONDS):
+            async with asyncio.timeout(min(DISCARD_SECONDS, self.seconds)):
                 while not body.ended and body.size < 4 * self.max_body:
                     await body.read()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
