@@ -94,6 +94,12 @@ class Script:
     client: httpx.Client
     asked: list[tuple[list[int], SamplingParams]]
 
+    def fresh(self, reply: Reply) -> None:
+        """Forget what was asked; say this from now on."""
+        self.lm.reply, self.lm.gate, self.lm.fail_at = reply, None, None
+        self.asked.clear()
+        self.lm.prompts.clear()
+
     def chat(self, **body: Any) -> dict[str, Any]:
         """A chat completion that must succeed."""
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **body})

@@ -19,8 +19,7 @@ def server() -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def _fresh(server: Script) -> None:
-    server.lm.reply = "Hello, 你好 🙂!"
-    server.asked.clear()
+    server.fresh("Hello, 你好 🙂!")
 
 
 def test_answer_has_the_form_of_openai(server: Script) -> None:

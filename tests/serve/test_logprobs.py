@@ -25,8 +25,7 @@ def server() -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def _fresh(server: Script) -> None:
-    server.lm.reply = TEXT
-    server.asked.clear()
+    server.fresh(TEXT)
 
 
 def log_softmax(row: np.ndarray) -> np.ndarray:

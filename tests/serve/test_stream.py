@@ -27,8 +27,7 @@ def server() -> Iterator[Script]:
 
 @pytest.fixture(autouse=True)
 def _fresh(server: Script) -> Iterator[None]:
-    server.lm.reply, server.lm.gate, server.lm.fail_at = TEXT, None, None
-    server.asked.clear()
+    server.fresh(TEXT)
     yield
     eventually(lambda: server.state.scheduler.stats().running == 0)
 
