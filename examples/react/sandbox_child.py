@@ -117,6 +117,7 @@ def run(code: str) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
         # The first frame is this file's.
+        sys.stdout.flush()  # what it printed comes before
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
         traceback.print_exception(error, limit=5)
         return 1
