@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ class Watched:
         self.page.fill("#prompt", text)
         self.page.keyboard.press("Enter")
 
-    def exchange(self, question: str, answer: str, **options: Any) -> None:
+    def exchange(self, question: str, answer: Sequence[Any], **options: Any) -> None:
         """A question and its whole answer."""
         asked = len(self.script.bodies)
         self.script.say(*answer, **options)

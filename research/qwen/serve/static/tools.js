@@ -34,10 +34,14 @@ export function parseTools(source) {
   return bad < 0 ? { tools, problem: "" } : { tools: [], problem: t("toolsNoName", { number: bad + 1 }) };
 }
 
+const ONE_LINE = 64;
+
 /** Arguments as readable lines if they are JSON, else as the model wrote them. */
 export function prettyArguments(source) {
   try {
-    return JSON.stringify(JSON.parse(source), null, 2);
+    const lines = JSON.stringify(JSON.parse(source), null, 2);
+    const line = lines.replace(/\n\s*/g, " "); // line ends inside of texts are written \n, so none is lost
+    return line.length <= ONE_LINE ? line : lines;
   } catch {
     return source;
   }
