@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:  # started as a file
 
 from research.qwen.cli import serve as serve_command  # noqa: E402
 from research.qwen.cli.common import quieten  # noqa: E402
-from research.qwen.errors import QwenError, RequestError  # noqa: E402
+from research.qwen.errors import ClosedError, QwenError, RequestError  # noqa: E402
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -137,18 +137,18 @@ class Front:
 
     Args:
         call: gives the messages of a replica for (scope, body), with a method ``cancel``.
-        deaths: the exceptions that say that the replica has died.
+        deaths: the exceptions that say that the replica has died, or that the call was cancelled.
     """
 
     def __init__(
         self, call: Callable[[Scope, bytes], Any], deaths: tuple[type[BaseException], ...], max_body: int
     ):
         self.call, self.deaths, self.max_body = call, deaths, max_body
+        self.active: set[Any] = set()
+        self.draining = False
 
     async def handle(self, request: Request) -> Response:
         """The response of a replica, streamed; 503 if replica after replica dies over the request."""
-        from starlette.responses import StreamingResponse
-
         from research.qwen.serve.errors import ApiError, error_response
 
         try:
@@ -157,20 +157,33 @@ class Front:
             return error_response(error)
         scope = {name: request.scope[name] for name in SCOPE if name in request.scope}
         for _ in range(1 + RETRIES):
-            messages = self.call(scope, body)
-            try:
-                head = await anext(messages)
-            except self.deaths:
-                continue
-            except BaseException:
-                messages.cancel()
-                raise
-            headers = head.get("headers") or []
-            response = StreamingResponse(self.pieces(messages, headers), status_code=head["status"])
-            # Ray gives the request its x-request-id, if the client did not, and repeats it in the response itself.
-            response.raw_headers = [(name, value) for name, value in headers if name != b"x-request-id"]
-            return response
-        return error_response(ApiError(503, DIED, code="unavailable", retry_after=1))
+            if self.draining:
+                break
+            response = await self.attempt(scope, body)
+            if response is not None:
+                return response
+        return error_response(ApiError(503, self.reason(), code="unavailable", retry_after=1))
+
+    async def attempt(self, scope: Scope, body: bytes) -> Response | None:
+        """The response of one replica; None if it died before it said anything."""
+        from starlette.responses import StreamingResponse
+
+        messages = self.call(scope, body)
+        self.active.add(messages)
+        try:
+            head = await anext(messages)
+        except self.deaths:
+            self.active.discard(messages)
+            return None
+        except BaseException:  # the client has left
+            self.active.discard(messages)
+            messages.cancel()
+            raise
+        headers = head.get("headers") or []
+        response = StreamingResponse(self.pieces(messages, headers), status_code=head["status"])
+        # Ray gives the request its x-request-id, if the client did not, and repeats it in the response itself.
+        response.raw_headers = [(name, value) for name, value in headers if name != b"x-request-id"]
+        return response
 
     async def pieces(self, messages: Any, headers: list[tuple[bytes, bytes]]) -> AsyncIterator[bytes]:
         """The body; a stream of events that breaks off gets an error event, anything else a closed connection."""
@@ -186,13 +199,36 @@ class Front:
             ended = True
             if not is_event_stream(headers):
                 raise
-            yield death_event()
+            yield error_event(self.reason())
         finally:
+            self.active.discard(messages)
             if not ended:
                 messages.cancel()  # the client has left
 
+    async def drain(self, grace: float) -> int:
+        """Take no new requests and let the others finish; how many were cut off after ``grace`` seconds."""
+        self.draining = True
+        await self.wait_idle(grace)
+        late = list(self.active)
+        for messages in late:
+            messages.cancel()
+        await self.wait_idle(LEAVE_SECONDS)
+        return len(late)
+
+    async def wait_idle(self, seconds: float) -> None:
+        """Wait until nothing is relayed, at most so long."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while self.active and loop.time() < end:
+            await asyncio.sleep(0.05)
+
+    def reason(self) -> str:
+        """Why a request was not answered, or not to its end."""
+        return STOPPING if self.draining else DIED
+
 
 DIED = "the replica that was to answer has died; try again"
+STOPPING = "the server is shutting down"
 
 
 def is_event_stream(headers: list[tuple[bytes, bytes]]) -> bool:
@@ -201,11 +237,11 @@ def is_event_stream(headers: list[tuple[bytes, bytes]]) -> bool:
     return any(kind.startswith(b"text/event-stream") for kind in kinds)
 
 
-def death_event() -> bytes:
-    """The last event of a stream whose replica has died."""
+def error_event(message: str) -> bytes:
+    """The last event of a stream that breaks off."""
     from research.qwen.serve.errors import ApiError, json_bytes
 
-    return b"data: " + json_bytes(ApiError(503, DIED, code="unavailable").body()) + b"\n\n"
+    return b"data: " + json_bytes(ApiError(503, message, code="unavailable").body()) + b"\n\n"
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -224,14 +260,19 @@ def application(args: argparse.Namespace, settings: ServerSettings) -> Any:
     """The Ray Serve application: one front, ``args.replicas`` replicas."""
     from ray import serve
     from ray.exceptions import RayActorError
+    from ray.serve.exceptions import RequestCancelledError
 
     class RayFront:
         def __init__(self, replicas: Any):
             streaming = replicas.options(stream=True)
-            self.front = Front(streaming.answer.remote, (RayActorError,), settings.max_body)
+            deaths = (RayActorError, RequestCancelledError)
+            self.front = Front(streaming.answer.remote, deaths, settings.max_body)
 
         async def __call__(self, request: Request) -> Response:
             return await self.front.handle(request)
+
+        async def drain(self, grace: float) -> int:
+            return await self.front.drain(grace)
 
     # The queue with a limit is the one in the scheduler of a replica; Ray must not hold requests back from it.
     common: dict[str, Any] = {"max_ongoing_requests": 100_000, "graceful_shutdown_timeout_s": settings.grace}
@@ -240,6 +281,7 @@ def application(args: argparse.Namespace, settings: ServerSettings) -> Any:
         num_replicas=args.replicas,
         ray_actor_options=actor_options(args),
         health_check_period_s=2,
+        max_constructor_retry_count=2,  # wrong options stay wrong
         **common,
     )(Replica)
     front: Any = serve.deployment(name="Front", ray_actor_options={"num_cpus": 0}, **common)(RayFront)
@@ -261,6 +303,17 @@ def python_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
+def deploy(app: Any) -> Any:
+    """The handle of the front once all replicas are warm. ClosedError with the reason if they do not start."""
+    from ray import serve
+
+    try:
+        return serve.run(app, name="qwen", route_prefix="/")
+    except RuntimeError as error:
+        said = serve.status().applications["qwen"].deployments["Replica"].message.strip().splitlines()
+        raise ClosedError(f"the replicas did not start: {said[-1] if said else error}") from error
+
+
 @contextmanager
 def running(args: argparse.Namespace, settings: ServerSettings) -> Iterator[str]:
     """Ray and the replicas, ready; gives the address. They end with the block."""
@@ -280,8 +333,12 @@ def running(args: argparse.Namespace, settings: ServerSettings) -> Iterator[str]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler, now in place, aborts
     try:
         serve.start(http_options={"host": args.host, "port": args.port})
-        serve.run(application(args, settings), name="qwen", route_prefix="/")
-        yield f"http://{args.host}:{args.port}"
+        front = deploy(application(args, settings))
+        try:
+            yield f"http://{args.host}:{args.port}"
+        finally:
+            late = front.drain.remote(settings.grace).result()
+            print(f"drained{f', {late} requests cut off' if late else ''}", file=sys.stderr, flush=True)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -170,6 +170,44 @@ def test_a_client_that_leaves_cancels_the_call():
     assert asyncio.run(leave())[0].cancelled
 
 
+class Slow(Messages):
+    """Waits after its second message until it is cancelled."""
+
+    async def __anext__(self):
+        while self.given == 2 and not self.cancelled:
+            await asyncio.sleep(0)
+        if self.cancelled:
+            raise DeadError
+        return await super().__anext__()
+
+
+def test_draining_refuses_new_requests_and_lets_others_finish():
+    async def drain():
+        relay, calls = front()
+        begun = await relay.handle(Request(get("/stream"), receive=no_body))
+        ended = asyncio.ensure_future(relay.drain(10))
+        await asyncio.sleep(0)
+        refused = await ask(relay, "/echo", b"x")
+        body = b"".join([piece async for piece in begun.body_iterator])
+        return refused, body, await ended, len(calls)
+
+    refused, body, late, calls = asyncio.run(drain())
+    assert refused[0] == 503 and json.loads(refused[2])["error"]["message"] == serve_ray.STOPPING
+    assert body.endswith(b"data: 2\n\n") and late == 0 and calls == 1
+
+
+def test_what_outlives_the_grace_time_ends_with_an_error_event():
+    async def drain():
+        relay = serve_ray.Front(lambda *request: Slow(serve_ray.run_app(APP, *request)), (DeadError,), 100)
+        begun = await relay.handle(Request(get("/stream"), receive=no_body))
+        late = asyncio.ensure_future(relay.drain(0.01))
+        return b"".join([piece async for piece in begun.body_iterator]), await late, relay.active
+
+    body, late, active = asyncio.run(drain())
+    assert body.startswith(b"data: 0\n\ndata: {") and serve_ray.STOPPING.encode() in body
+    assert late == 1 and not active
+
+
 def test_the_app_sees_a_client_that_leaves():
     seen = []
 

@@ -145,3 +145,17 @@ def test_both_replicas_work_and_requests_keep_their_id(service):
     assert reply.headers.get_list("x-request-id") == ["mine"]
     missing = service.client.get("/nowhere")
     assert missing.status_code == 404 and missing.json()["error"]["type"] == "not_found_error"
+
+
+def test_sigterm_lets_running_answers_finish(service):
+    """The last test: the service has ended behind it."""
+    started = psutil.Process(service.process.pid).children(recursive=True)
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(stream, service, begun.release) for _ in range(4)]
+        for _ in range(4):
+            assert begun.acquire(timeout=60)
+        service.process.send_signal(signal.SIGTERM)
+        assert [future.result(60)[1] for future in streams] == ["whole"] * 4
+    assert service.process.wait(60) == 0
+    assert psutil.wait_procs(started, timeout=20)[1] == []
