@@ -228,6 +228,7 @@ def test_key_is_asked_for_used_and_forgotten_with_the_tab(open_page: OpenPage) -
     field.fill("s3cret")
     field.press("Enter")
     expect(state).to_have_text("qwen-test")
+    expect(chat.page.get_by_label("Model", exact=True)).to_have_value("qwen-test")
     chat.script.say("ok")
     chat.button("Try again").click()
     expect(chat.answers.locator(".prose")).to_have_text("ok")

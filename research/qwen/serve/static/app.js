@@ -273,8 +273,7 @@ async function readModels() {
   if (state.models.length && !state.models.includes(state.settings.model)) {
     state.settings = { ...state.settings, model: state.models[0] };
   }
-  // Not while the user types in it.
-  if (!byId("panel").contains(document.activeElement)) showPanel();
+  panel.showModels(state.settings, state.models);
 }
 
 // --- start ---

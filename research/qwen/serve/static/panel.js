@@ -5,7 +5,10 @@ import { t } from "./i18n.js";
 import { SAMPLING } from "./store.js";
 import { EXAMPLE, parseTools } from "./tools.js";
 
-/** `actions`: change(settings), changeChat(chat), changeKey(key, remember), close(). */
+/**
+ * `actions`: change(settings), changeChat(chat), changeKey(key, remember), close().
+ * `settings` is set from outside when something else changes them.
+ */
 export class Panel {
   constructor(actions) {
     Object.assign(this, { actions, root: byId("panel") });
@@ -21,12 +24,11 @@ export class Panel {
   }
 
   connection(models, key) {
-    const { settings } = this;
-    const options = models.map((name) => h("option", { value: name, selected: name === settings.model, text: name }));
-    const model = h("select", { id: "model", class: "field", disabled: !models.length }, options.length ? options : h("option", { text: t("noModel") }));
-    model.addEventListener("change", () => this.set({ model: model.value }));
+    const model = h("select", { id: "model", class: "field", on: { change: () => this.set({ model: model.value }) } });
+    this.modelField = model;
+    this.showModels(this.settings, models);
     const field = h("input", { id: "api-key", class: "field", type: "password", value: key, placeholder: t("apiKeyHint"), autocomplete: "off", spellcheck: "false" });
-    const keep = h("input", { id: "remember-key", type: "checkbox", checked: settings.rememberKey });
+    const keep = h("input", { id: "remember-key", type: "checkbox", checked: this.settings.rememberKey });
     const changed = () => this.actions.changeKey(field.value.trim(), keep.checked);
     field.addEventListener("change", changed);
     keep.addEventListener("change", changed);
@@ -35,6 +37,14 @@ export class Panel {
       labelled("model", t("model"), model),
       labelled("api-key", t("apiKey"), field),
       h("label", { class: "check" }, keep, h("span", { text: t("rememberKey") })));
+  }
+
+  /** Shows another list of models, and nothing else anew: the user may be typing in another field. */
+  showModels(settings, models) {
+    this.settings = settings;
+    const options = models.map((name) => h("option", { value: name, selected: name === settings.model, text: name }));
+    this.modelField.disabled = !models.length;
+    this.modelField.replaceChildren(...(options.length ? options : [h("option", { text: t("noModel") })]));
   }
 
   behaviour() {

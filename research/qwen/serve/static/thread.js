@@ -98,7 +98,8 @@ export class Thread {
     const parts = [];
     if (message.calls.length) parts.push(callCards(message.calls, results, canSend ? this.actions.sendResults : null));
     if (message.error) parts.push(this.problem(message.error, last));
-    const again = last && !this.running ? iconButton("redo", t("regenerate"), () => this.actions.regenerate()) : null;
+    // A problem has its own button to try again.
+    const again = last && !this.running && !message.error ? iconButton("redo", t("regenerate"), () => this.actions.regenerate()) : null;
     const copy = message.content ? this.copyButton(message) : null;
     const actions = h("div", { class: "actions" }, copy, again, h("span", { class: "figures" }, ...figures(message)));
     if (actions.querySelector("button") || actions.textContent) parts.push(actions);
