@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from examples.react import run as script
 from examples.react.agent import Agent, EngineBackend, ServerBackend, ServerError
 from examples.react.toolbox import Toolbox, calculator, employee_database
-from research.qwen.decode.loop import Chunk
 from research.qwen.engine import Engine
 from research.qwen.errors import RequestError
 from research.qwen.messages import Message
-from tests.cli.scripted import ScriptedLM, scripted_engine
+from tests.examples.transcript_lm import transcript_engine
 
 QUESTION = "研发部每个月的工资总共是多少？"
 ANSWER = "研发部每个月的工资总共是44000元。"
@@ -41,29 +38,15 @@ Thought: I now know the final answer.
 Final Answer: {ANSWER}"""
 
 
-class LongLM(ScriptedLM):
-    """Room for the tools in the prompt."""
-
-    num_blocks, max_length = 256, 4096
-
-    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        """Not used here."""
-        raise NotImplementedError
-
-
-def _engine(transcript: str = TRANSCRIPT) -> Engine:
-    tokenizer = scripted_engine("").tokenizer
-    assert tokenizer is not None
-    return Engine(LongLM(tokenizer, transcript), tokenizer, generation={"chat_format": "chatml"})
-
-
 def _toolbox() -> Toolbox:
     return Toolbox([employee_database(), calculator()])
 
 
 def test_two_tools_one_after_the_other() -> None:
     shown: list[str] = []
-    agent = Agent(EngineBackend(_engine(), show=shown.append), _toolbox(), show=shown.append)
+    agent = Agent(
+        EngineBackend(transcript_engine(TRANSCRIPT), show=shown.append), _toolbox(), show=shown.append
+    )
     messages = agent.run([Message("user", QUESTION)])
     assert [message.role for message in messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
     assert [call.name for message in messages for call in message.tool_calls] == [
@@ -85,12 +68,12 @@ def test_two_tools_one_after_the_other() -> None:
 
 
 def test_a_question_without_tools() -> None:
-    assert Agent(EngineBackend(_engine("你好！")), _toolbox()).ask("你好") == "你好！"
-    assert Agent(EngineBackend(_engine("你好！")), Toolbox([])).ask("你好") == "你好！"
+    assert Agent(EngineBackend(transcript_engine("你好！")), _toolbox()).ask("你好") == "你好！"
+    assert Agent(EngineBackend(transcript_engine("你好！")), Toolbox([])).ask("你好") == "你好！"
 
 
 def test_the_last_step_has_to_answer() -> None:
-    engine = _engine()
+    engine = transcript_engine(TRANSCRIPT)
     agent = Agent(EngineBackend(engine), _toolbox(), max_steps=1)
     messages = agent.run([Message("user", QUESTION)])
     # Without tools the model's second call is not one: what it thought is all there is.
@@ -100,7 +83,7 @@ def test_the_last_step_has_to_answer() -> None:
 
 def test_an_agent_needs_a_vocabulary() -> None:
     with pytest.raises(RequestError, match="vocabulary"):
-        EngineBackend(Engine(_engine().lm))
+        EngineBackend(Engine(transcript_engine(TRANSCRIPT).lm))
 
 
 class Server:
@@ -157,6 +140,21 @@ def test_the_same_over_a_server() -> None:
     assert [request["tool_choice"] for request in (first, second)] == ["auto", "auto"]
 
 
+def test_the_same_over_our_own_server() -> None:
+    pytest.importorskip("fastapi")
+    from research.qwen.serve.app import create_app
+    from tests.serve.running import running_state, serve_app
+
+    with running_state(transcript_engine(TRANSCRIPT)) as state, serve_app(create_app(state)) as url:
+        messages = Agent(ServerBackend(url), _toolbox()).run([Message("user", QUESTION)])
+    assert [call.name for message in messages for call in message.tool_calls] == [
+        "employee_database",
+        "calculator",
+    ]
+    assert [message.content for message in messages][1::2] == [ROWS, "44000"]
+    assert messages[-1].content == ANSWER
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -190,7 +188,7 @@ def test_the_script(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_script_loads_a_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Engine, "from_pretrained", lambda path, dtype: _engine())
+    monkeypatch.setattr(Engine, "from_pretrained", lambda path, dtype: transcript_engine(TRANSCRIPT))
     assert script.main(["--model", "somewhere"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"> {QUESTION}\n") and out.endswith(f"{ANSWER}\n")
