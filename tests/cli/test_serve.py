@@ -43,6 +43,23 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
+    ("line", "checked"),
+    [
+        ("", True),
+        ("--host localhost", True),
+        ("--host ::1 --allowed-host a.example", True),
+        ("--api-key a", False),
+        ("--host 0.0.0.0", False),
+        ("--host my.machine", False),
+    ],
+)
+def test_host_names_are_checked_where_nothing_else_protects(line: str, checked: bool) -> None:
+    settings = settings_from(build_parser().parse_args(line.split()))
+    assert settings.check_host == checked
+    assert settings.allowed_hosts == (("a.example",) if "a.example" in line else ())
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("--max-batch 0", "--max-batch must be at least 1, got 0"),

@@ -10,7 +10,7 @@ import pytest
 
 from research.qwen.errors import ConfigError
 from research.qwen.serve.app import create_app
-from research.qwen.serve.auth import KeyRing, read_keys
+from research.qwen.serve.auth import HostCheck, KeyRing, read_keys
 from research.qwen.serve.state import ServerSettings, ServerState
 from tests.serve.running import error_of, fake_engine, serve_app
 
@@ -148,3 +148,46 @@ def test_other_origins_may_not_call_unless_named() -> None:
         assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
         other = client.get("/health", headers={"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1:8000",
+        "localhost",
+        "LOCALHOST:80",
+        "a.localhost:1",
+        "[::1]:8000",
+        "[::1]",
+        "qwen:8000",
+        "10.0.0.7",
+        "",
+    ],
+)
+def test_hosts_of_this_machine(host: str) -> None:
+    assert HostCheck(create_app(guarded())).accepts(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example."]
+)
+def test_hosts_of_others(host: str) -> None:
+    app = create_app(guarded())
+    assert not HostCheck(app).accepts(host)
+    assert not HostCheck(app, ["llm.example"]).accepts(host)
+    assert HostCheck(app, [host.split(":")[0].rstrip(".").upper()]).accepts(host)
+
+
+def test_a_name_that_points_to_this_machine_is_no_way_in() -> None:
+    """What a rebound DNS name would send: same origin, JSON, no key."""
+    wish, evil = {"prompt": "a"}, {"host": "evil.example:8000"}
+    state = guarded(api_keys=(), check_host=True, allowed_hosts=("llm.example",))
+    with serve_app(create_app(state)) as url:
+        for path in ("/v1/completions", "/", "/health"):
+            assert (
+                error_of(httpx.post(url + path, json=wish, headers=evil), 403)["code"] == "host_not_allowed"
+            )
+        assert httpx.post(f"{url}/tokenize", json=wish, headers={"host": "LLM.example"}).status_code == 200
+        assert httpx.post(f"{url}/tokenize", json=wish).status_code == 200
+    with serve_app(create_app(guarded(api_keys=()))) as url:
+        assert httpx.post(f"{url}/tokenize", json=wish, headers=evil).status_code == 200

@@ -50,6 +50,13 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--open-metrics", action="store_true", help="/metrics needs no key")
     group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name under which a proxy shows it; may be repeated (only needed on 127.0.0.1 without keys)",
+    )
+    group.add_argument(
         "--cors-origin",
         action="append",
         default=[],
@@ -129,7 +136,7 @@ def _serve(args: argparse.Namespace) -> int:
         address, port = listener.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{port}{settings.root_path}"
         say(f"loading {args.model or 'the demo model'}; {url}/health answers 503 until it is ready")
-        if not settings.api_keys and not ipaddress.ip_address(address).is_loopback:
+        if not settings.api_keys and not is_loopback(address):
             say("warning: everybody who reaches this port can use the model; set --api-key")
         started = time.monotonic()
 
@@ -165,12 +172,15 @@ def settings_from(args: argparse.Namespace) -> ServerSettings:
     from research.qwen.serve.auth import read_keys
     from research.qwen.serve.state import ServerSettings
 
+    keys = read_keys(args.api_key, args.api_key_file)
     default_name = Path(args.model).resolve().name if args.model else "qwen-demo"
     return ServerSettings(
         model_names=tuple(dict.fromkeys(args.served_model_name)) or (default_name,),
         any_model=args.any_model,
-        api_keys=read_keys(args.api_key, args.api_key_file),
+        api_keys=keys,
         open_metrics=args.open_metrics,
+        check_host=not keys and is_loopback(args.host),
+        allowed_hosts=tuple(args.allowed_host),
         cors_origins=tuple(args.cors_origin),
         root_path=args.root_path.rstrip("/"),
         max_body=int(args.max_body * MEGABYTE),
@@ -193,6 +203,14 @@ def load(args: argparse.Namespace) -> tuple[Engine, Scheduler]:
             )
         engine.lm.max_length = args.max_model_len
     return engine, Scheduler(engine, max_queue=args.max_queue)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server on this address or name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from research.qwen import __version__
 from research.qwen.serve import chat, completions, embeddings, errors, metrics, models, page, tokens
-from research.qwen.serve.auth import KeyCheck
+from research.qwen.serve.auth import HostCheck, KeyCheck
 from research.qwen.serve.limits import BodyLimit
 from research.qwen.serve.logs import RequestLog
 from research.qwen.serve.state import ServerState
@@ -43,6 +43,8 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
         open_metrics=settings.open_metrics,
         root_path=root,
     )
+    if settings.check_host:
+        app.add_middleware(HostCheck, allowed=settings.allowed_hosts)
     app.add_middleware(errors.Guard)
     if settings.cors_origins:
         app.add_middleware(

@@ -1,9 +1,10 @@
-"""API keys: where they come from, and the check of every request but the open ones."""
+"""Who may ask: API keys, their check in every request but the open ones, and the check of the host name."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,6 +94,43 @@ class KeyCheck:
         given = scheme.lower() == b"bearer" and key.strip()
         message = "the API key is not known here" if given else "send an API key: Authorization: Bearer KEY"
         return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+class HostCheck:
+    """ASGI: 403 for a request to a host name that is not this machine's.
+
+    A page on the internet can let its own name point to 127.0.0.1, and is then of the same origin as a server there:
+    without keys nothing else would stop it. Such a name has a dot in it and is no address.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()):
+        self.app, self.allowed = app, frozenset(name.lower() for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http":
+            host = next((value for key, value in scope["headers"] if key == b"host"), b"").decode("latin-1")
+            if not self.accepts(host):
+                what = "this host name is not served without an API key; allow it with --allowed-host"
+                await error_response(ApiError(403, what, code="host_not_allowed"))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def accepts(self, host: str) -> bool:
+        """Whether requests with this Host header are served."""
+        name = host.lower()
+        if not name.endswith("]"):  # else an IPv6 address without a port
+            name = name.rsplit(":", 1)[0] if ":" in name else name
+        name = name.strip("[]").rstrip(".")
+        return "." not in name or name.endswith(".localhost") or name in self.allowed or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(key: bytes) -> bytes:

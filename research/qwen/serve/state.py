@@ -32,6 +32,7 @@ class ServerSettings:
         any_model: accept other names, too (else they are a 404).
         api_keys: if there are any, every route but /health and the page needs one of them.
         open_metrics: /metrics needs no key.
+        check_host: refuse requests to host names that are not this machine's, but for ``allowed_hosts``.
         cors_origins: origins of web pages that may call; none by default.
         root_path: prefix under which a proxy shows the server.
         max_body: bytes of a request body.
@@ -47,6 +48,8 @@ class ServerSettings:
     any_model: bool = False
     api_keys: tuple[str, ...] = ()
     open_metrics: bool = False
+    check_host: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     root_path: str = ""
     max_body: int = 10 * 2**20
