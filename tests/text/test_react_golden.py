@@ -15,7 +15,7 @@ from research.qwen.text.tokenizer import QwenTokenizer
 from tests.text.agent_files import agent_golden, message_of
 
 # Requests the published server answers and we refuse.
-REFUSED = {"functions, minimal": "functions[0].name: expected 1 to 128 characters"}
+REFUSED = {"functions, minimal": "functions[0].name: expected 1 to 128 printable"}
 # Requests it refuses, and so do we.
 ERRORS = {
     "error: no messages": "at least one user message",

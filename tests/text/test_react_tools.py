@@ -68,6 +68,7 @@ def test_left_out_fields() -> None:
         ([{"type": "function", "function": "now"}], None, r"tools\[0\].function: expected an object"),
         ([{"type": "function", "function": {}}], None, r"tools\[0\].function.name: expected 1 to 128"),
         (None, [{"name": "a\nb"}], r"functions\[0\].name"),
+        (None, [{"name": "a\x07b"}], r"functions\[0\].name"),
         (None, [{"name": " a"}], r"functions\[0\].name"),
         (None, [{"name": "a" * 129}], r"functions\[0\].name"),
         (None, [{"name": 3}], r"functions\[0\].name: expected a string"),

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from research.qwen.text.react_tools import Tool
 
+# Calls are one line: with free white space a model may put blanks into its JSON until it runs out of tokens.
+_ONE_LINE = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
 MAX_THOUGHT = 400  # characters: a model that is made to call a tool must get to it
 
 
@@ -18,7 +20,7 @@ def named_grammar(tool: Tool) -> str:
 def required_grammar(tools: Sequence[Tool]) -> str:
     """The rest of an answer whose prompt ends with ``Thought:``: a thought in one line, then a call of any tool."""
     calls = " | ".join(f"call_{number}" for number in range(len(tools)))
-    head = f'start: THOUGHT "\\nAction: " ({calls})\nTHOUGHT: /[^\\n]{{0,{MAX_THOUGHT}}}/\n'
+    head = f'start: THOUGHT "\\nAction: " ({calls})\nTHOUGHT: /[^\\x00-\\x1f\\x7f]{{0,{MAX_THOUGHT}}}/\n'
     return head + "".join(_call_rules(number, tool) for number, tool in enumerate(tools))
 
 
@@ -43,4 +45,5 @@ def _input_rule(number: int, tool: Tool, free: bool = False) -> str:
     """The space after the colon is part of it: the models write it as one token with what follows."""
     if free or tool.args_format == "code":
         return f'input_{number}: " " /(?s:.+)/\n'
-    return f'input_{number}: " " args_{number}\nargs_{number}: %json {json.dumps(tool.schema)}\n'
+    schema = json.dumps({**tool.schema, "x-guidance": _ONE_LINE})
+    return f'input_{number}: " " args_{number}\nargs_{number}: %json {schema}\n'

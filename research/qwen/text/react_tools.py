@@ -161,9 +161,9 @@ def _tool(entry: Any, where: str) -> Tool:
         if not isinstance(entry, Mapping):
             raise RequestError(f"{where}: expected an object")
     name = _text(entry, ("name_for_model", "name"), where)
-    if not name or name != name.strip() or len(name) > MAX_NAME or "\n" in name or "\r" in name:
+    if not name or name != name.strip() or len(name) > MAX_NAME or not name.isprintable():
         raise RequestError(
-            f"{where}.name: expected 1 to {MAX_NAME} characters in one line, not starting or ending with a space"
+            f"{where}.name: expected 1 to {MAX_NAME} printable characters, not starting or ending with a space"
         )
     args_format = entry.get("args_format", "json")
     if args_format not in _HINTS:
