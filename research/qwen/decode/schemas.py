@@ -27,6 +27,7 @@ _ONE = (
 )  # fmt: skip
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_KEYWORDS = tuple(dict.fromkeys((*_ONE, *_LISTS, *_MAPS)))  # each once: items is in two of them
 _COUNT = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
 _ATOM = re.compile(r"\\[xuUpP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])+\]|.", re.DOTALL)
 
@@ -90,14 +91,14 @@ def least_length(pattern: str) -> int:
     """An upper bound of the length of a shortest match: of several alternatives the longest counts."""
     # One entry per open group: [longest alternative so far, length of this one, length of the last atom].
     groups = [[0, 0, 0]]
-    position = 0
+    position, counted = 0, False
     while position < len(pattern):
         top = groups[-1]
         count = _COUNT.match(pattern, position)
         if count is not None:
             top[1] += top[2] * (int(count[1]) - 1)
             top[2] *= int(count[1])
-            position = count.end()
+            position, counted = count.end(), True
             continue
         atom = _ATOM.match(pattern, position)
         assert atom is not None  # the last alternative takes any character
@@ -111,12 +112,15 @@ def least_length(pattern: str) -> int:
             size = max(longest, last)
             groups[-1][1] += size
             groups[-1][2] = size
-        elif atom[0] in ("*", "?"):
+        elif atom[0] == "*" or (
+            atom[0] == "?" and not counted
+        ):  # after a count it makes it lazy, not optional
             top[1] -= top[2]
             top[2] = 0
-        elif atom[0] not in ("+", "^", "$"):
+        elif atom[0] not in ("+", "?", "^", "$"):
             top[1] += 1
             top[2] = 1
+        counted = atom[0] in ("*", "+", "?")
     return sum(max(longest, last) for longest, last, _ in groups)
 
 
@@ -132,7 +136,7 @@ class _Copies:
         if not isinstance(schema, Mapping):
             return 1
         total = 1
-        for key in (*_ONE, *_LISTS, *_MAPS):
+        for key in _KEYWORDS:
             for _, part in _parts(schema, key, ""):
                 total += self.of(part, key == "allOf")
         target = schema.get("$ref")
@@ -199,7 +203,7 @@ def _walk(schema: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[
 
 
 def _children(schema: Mapping[str, Any], place: str) -> Iterator[tuple[str, object]]:
-    for key in (*_ONE, *_LISTS, *_MAPS):
+    for key in _KEYWORDS:
         yield from _parts(schema, key, place)
 
 
