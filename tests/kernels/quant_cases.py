@@ -16,7 +16,7 @@ from research.qwen.quant import schemes
 from research.qwen.quant.schemes import Codes, Scheme
 
 # Every kind of scheme: bits, both groups and whole rows, with and without zero points.
-SCHEMES = (
+STORED = (
     "int8",
     "int8-g64",
     "int8-g128",
@@ -26,6 +26,8 @@ SCHEMES = (
     "int4-asym",
     "int4-g64-asym",
 )
+WIDE = "x16"
+SCHEMES = (*STORED, *(text + WIDE for text in STORED))
 NOTHING = np.empty(0, np.float32)
 
 
@@ -35,6 +37,7 @@ class Matrix:
 
     codes: Codes
     arrays: dict[str, NDArray[Any]]
+    wide: bool = False  # it is multiplied with activations in 16 bits
 
     @property
     def scheme(self) -> Scheme:
@@ -47,14 +50,14 @@ class Matrix:
 
     @property
     def about(self) -> NDArray[np.int64]:
-        return np.array([*self.shape, self.scheme.bits, self.scheme.group], np.int64)
+        return np.array([*self.shape, self.scheme.bits, self.scheme.group, self.wide], np.int64)
 
     def parts(self) -> list[NDArray[Any]]:
         return [self.arrays.get(name, NOTHING) for name in ("weight", "scales", "zeros")]
 
     def moved(self, move: Callable[[NDArray[Any]], NDArray[Any]]) -> Matrix:
         """The same with every array put elsewhere."""
-        return Matrix(self.codes, {name: move(array) for name, array in self.arrays.items()})
+        return Matrix(self.codes, {name: move(array) for name, array in self.arrays.items()}, self.wide)
 
     @property
     def order(self) -> NDArray[Any]:
@@ -62,14 +65,16 @@ class Matrix:
 
 
 def matrix(rng: np.random.Generator, text: str, n: int, k: int, order: bool = False) -> Matrix:
-    scheme = Scheme.parse(text)
+    """``text``: a scheme, with "x16" behind it for activations in 16 bits."""
+    scheme = Scheme.parse(text.removesuffix(WIDE))
     codes = rng.integers(0, scheme.top + 1, (n, k)).astype(np.uint8)
     codes[:, rng.integers(0, k)] = scheme.top
     groups = scheme.groups(k)
     scales = rng.uniform(0.5, 1.5, (n, groups)) / scheme.top * rng.choice([-1, 1], (n, groups))
     zeros = rng.integers(0, scheme.top + 1, (n, groups)).astype(np.uint8) if scheme.zeros else None
     made = Codes(codes, scales.astype(np.float16 if scheme.group else np.float32), zeros, scheme)
-    return Matrix(made, schemes.pack(made, scheme, rng.permutation(k) if order else None))
+    arrays = schemes.pack(made, scheme, rng.permutation(k) if order else None)
+    return Matrix(made, arrays, text.endswith(WIDE))
 
 
 def activations(rng: np.random.Generator, rows: int, k: int) -> NDArray[np.float32]:
@@ -84,16 +89,17 @@ def product(x: NDArray[np.float32], m: Matrix) -> tuple[NDArray[np.float64], NDA
     scheme, (n, k) = m.scheme, m.shape
     if len(m.order):
         x = x[:, m.order]
-    q, scale, _ = schemes.quantize_activations(x, scheme.block)
-    blocks = scale.shape[1]
-    centred = np.zeros((n, blocks * scheme.block), np.int64)
+    q, scale, _ = schemes.quantize_activations(x, scheme.run(k, m.wide), m.wide)
+    runs = scale.shape[1]
+    levels = q[:, 0].astype(np.float64) if not m.wide else q[:, 0] * 256.0 + q[:, 1]
+    centred = np.zeros((n, q.shape[2]), np.int64)
     zeros = m.codes.zeros if m.codes.zeros is not None else np.full((n, scheme.groups(k)), scheme.middle)
     along = np.repeat(zeros, scheme.block if scheme.group else k, axis=1)[:, :k].astype(np.int64)
     centred[:, :k] = m.codes.codes.astype(np.int64) - along
     dots = np.einsum(
         "tbi,nbi->tnb",
-        q.reshape(len(x), blocks, -1).astype(np.float64),  # exact: all integers stay far below 2**53
-        centred.reshape(n, blocks, -1).astype(np.float64),
+        levels.reshape(len(x), runs, -1),  # exact: all integers stay far below 2**53
+        centred.reshape(n, runs, -1).astype(np.float64),
         optimize=True,
     )
     terms = dots * scale[:, None].astype(np.float64) * m.codes.scales[None].astype(np.float64)

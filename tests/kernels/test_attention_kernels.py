@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 
-from research.qwen.errors import KernelError
-from research.qwen.kernels.build import library_path
-from research.qwen.kernels.native import ISAS, NativeLibrary
+from research.qwen.kernels.native import ISAS
 from tests.kernels import attention_cases as cases
 from tests.kernels import cpu_truth as truth
+from tests.kernels.native_library import native_on
 
 # Marked because a first run compiles the library for some seconds; MindSpore itself is not imported here.
 pytestmark = pytest.mark.mindspore
@@ -20,19 +17,7 @@ BAD_INDEX = 2
 PART = 512  # kPart of csrc/attention.h
 
 
-@pytest.fixture(scope="module", params=[isa for isa in ISAS if isa in ("avx512", "avx2", "base")])
-def native(request, tmp_path_factory):
-    """The library with one instruction set; a copy of the file is a library of its own to the loader."""
-    copy = tmp_path_factory.mktemp("isa") / f"{request.param}.so"
-    shutil.copy(library_path(), copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWEN_ISA", request.param)
-        try:
-            library = NativeLibrary(copy)
-        except KernelError as error:
-            pytest.skip(str(error))
-    library.set_threads(2)
-    return library
+native = native_on(isa for isa in ISAS if isa in ("avx512", "avx2", "base"))
 
 
 @pytest.fixture(params=cases.FORMATS)

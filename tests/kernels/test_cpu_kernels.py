@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
 import threading
 
 import numpy as np
 import pytest
 
-from research.qwen.errors import KernelError
 from research.qwen.kernels.arrays import widen
-from research.qwen.kernels.build import library_path, variants
-from research.qwen.kernels.native import ISAS, NativeLibrary
 from tests.kernels import cpu_truth as truth
+from tests.kernels.native_library import native_on, unaligned
 
 # Marked because a first run compiles the library for some seconds; MindSpore itself is not imported here.
 pytestmark = pytest.mark.mindspore
@@ -21,20 +17,7 @@ BAD_ARGUMENT = 1
 BAD_INDEX = 2
 
 
-@pytest.fixture(scope="module", params=ISAS)
-def native(request, tmp_path_factory):
-    """The library with one instruction set; a copy of the file is a library of its own to the loader."""
-    copy = tmp_path_factory.mktemp("isa") / f"{request.param}.so"
-    shutil.copy(library_path(), copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWEN_ISA", request.param)
-        try:
-            library = NativeLibrary(copy)
-        except KernelError as error:
-            pytest.skip(str(error))
-    assert library.isa == request.param
-    library.set_threads(2)
-    return library
+native = native_on()
 
 
 @pytest.fixture
@@ -47,32 +30,6 @@ def linear(native, x, w, fmt, bias=None):
     y = np.full((len(x), len(w)), np.nan, np.float32)
     assert native.bind(name, [x, w, *([] if bias is None else [bias])], y)() == 0
     return y
-
-
-def unaligned(array, offset):
-    """A copy of an array at an address that is ``offset`` bytes past a multiple of 64."""
-    raw = np.zeros(array.nbytes + 128, np.uint8)
-    first = -raw.ctypes.data % 64 + offset
-    view = raw[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return view
-
-
-def test_at_least_one_instruction_set_is_tested():
-    assert NativeLibrary(library_path()).isa in variants(platform.machine())
-
-
-def test_unknown_instruction_set(tmp_path, monkeypatch):
-    shutil.copy(library_path(), tmp_path / "copy.so")
-    monkeypatch.setenv("QWEN_ISA", "mmx")
-    with pytest.raises(KernelError, match="QWEN_ISA=mmx"):
-        NativeLibrary(tmp_path / "copy.so")
-
-
-def test_damaged_library(tmp_path):
-    (tmp_path / "bad.so").write_bytes(b"no library")
-    with pytest.raises(KernelError, match="delete it"):
-        NativeLibrary(tmp_path / "bad.so")
 
 
 @pytest.mark.parametrize("fmt", truth.FORMATS)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from research.qwen.errors import KernelError
-from research.qwen.kernels.build import library_path
-from research.qwen.kernels.native import ISAS, NativeLibrary
 from tests.kernels import attention_cases, cpu_truth, quant_cases
+from tests.kernels.native_library import native_on
 
 # Marked because a first run compiles the library for some seconds; MindSpore itself is not imported here.
 pytestmark = pytest.mark.mindspore
@@ -24,19 +21,7 @@ CACHES = {"float32": 0, "bfloat16": 1, "int8": 2}
 BLOCKS = [2, 0]
 
 
-@pytest.fixture(scope="module", params=ISAS)
-def native(request, tmp_path_factory):
-    """The library with one instruction set; a copy of the file is a library of its own to the loader."""
-    copy = tmp_path_factory.mktemp("isa") / f"{request.param}.so"
-    shutil.copy(library_path(), copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWEN_ISA", request.param)
-        try:
-            library = NativeLibrary(copy)
-        except KernelError as error:
-            pytest.skip(str(error))
-    library.set_threads(2)
-    return library
+native = native_on()
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class Dense:
         return [self.weight, *bias]
 
     def plan(self, bias):
-        return [FLOATS[self.fmt], 0, 0, 0, 0, len(bias), *self.shape]
+        return [FLOATS[self.fmt], 0, 0, 0, 0, 0, len(bias), *self.shape]
 
     def apply(self, native, x, bias, residual, exact):
         y = np.full((len(x), self.shape[0]), np.nan, np.float32)
@@ -79,7 +64,7 @@ class Packed:
 
     def plan(self, bias):
         scheme, arrays = self.matrix.scheme, self.matrix.arrays
-        flags = [int("zeros" in arrays), int("order" in arrays), len(bias)]
+        flags = [int("zeros" in arrays), int("order" in arrays), int(self.matrix.wide), len(bias)]
         return [PACKED, scheme.bits, scheme.group, *flags, *self.shape]
 
     def apply(self, native, x, bias, residual, exact):
@@ -176,14 +161,16 @@ def check(native, texts, exact=0, order=False, cache_format="float32"):
 
 
 @pytest.mark.parametrize("exact", [0, 1])
-@pytest.mark.parametrize("text", ["float32", "bfloat16", "float16", "int8", "int4", "int4-g64-asym"])
+@pytest.mark.parametrize(
+    "text", ["float32", "bfloat16", "float16", "int8", "int4", "int4-g64-asym", "int8x16", "int4x16"]
+)
 def test_layer(native, text, exact):
     check(native, [text] * 5, exact)
 
 
 @pytest.mark.parametrize("cache_format", ["bfloat16", "int8"])
 def test_cache_formats(native, cache_format):
-    check(native, ["int4"] * 5, cache_format=cache_format)
+    check(native, ["int4"] * 4 + ["int4x16"], cache_format=cache_format)
 
 
 @pytest.mark.parametrize("exact", [0, 1])

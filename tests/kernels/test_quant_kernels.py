@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from research.qwen.errors import KernelError
-from research.qwen.kernels.build import library_path
-from research.qwen.kernels.native import ISAS, NativeLibrary
 from research.qwen.quant import schemes
 from tests.kernels import cpu_truth
 from tests.kernels import quant_cases as cases
-from tests.kernels.test_cpu_kernels import unaligned
+from tests.kernels.native_library import load, native_on, unaligned
 
 # Marked because a first run compiles the library for some seconds; MindSpore itself is not imported here.
 pytestmark = pytest.mark.mindspore
@@ -22,24 +19,7 @@ ROWS = (1, 2, 3, 7, 8, 16, 17, 33, 130)
 SHAPES = ((1, 1), (16, 64), (33, 130), (50, 500), (7, 129), (96, 640))
 
 
-def load(isa, folder):
-    """The library with one instruction set; a copy of the file is a library of its own to the loader."""
-    copy = folder / f"{isa}.so"
-    shutil.copy(library_path(), copy)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QWEN_ISA", isa)
-        library = NativeLibrary(copy)
-    assert library.isa == isa
-    library.set_threads(2)
-    return library
-
-
-@pytest.fixture(scope="module", params=ISAS)
-def native(request, tmp_path_factory):
-    try:
-        return load(request.param, tmp_path_factory.mktemp("isa"))
-    except KernelError as error:
-        pytest.skip(str(error))
+native = native_on()
 
 
 @pytest.fixture
@@ -72,7 +52,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(native, rng, text):
         np.testing.assert_array_equal(cases.run(native, x[:rows], m), alone[:rows], err_msg=f"{rows} rows")
 
 
-@pytest.mark.parametrize("text", ["int8", "int4-asym"])
+@pytest.mark.parametrize("text", ["int8", "int8x16", "int4-asym", "int4-asymx16"])
 def test_bias_residual_and_order(native, rng, text):
     n, k = 45, 330
     m = cases.matrix(rng, text, n, k, order=True)
@@ -105,7 +85,7 @@ def test_gated(native, rng, text):
         np.testing.assert_array_equal(y, separate)
 
 
-@pytest.mark.parametrize("text", cases.SCHEMES)
+@pytest.mark.parametrize("text", cases.STORED)
 @pytest.mark.parametrize("order", [False, True])
 def test_float_activations(native, rng, text, order):
     for n, k in SHAPES:
@@ -123,9 +103,12 @@ def test_float_activations(native, rng, text, order):
             np.testing.assert_array_equal(part, y[:rows])
 
 
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("text", ["int4-g64", "int4", "int8"])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("k", [1, 64, 130, 513])
-def test_quantised_activations(native, rng, block, k):
+def test_quantised_activations(native, rng, text, wide, k):
+    scheme = schemes.Scheme.parse(text)
+    about = np.array([16, k, scheme.bits, scheme.group, wide], np.int64)
     x = cases.activations(rng, 21, k)
     norm = rng.standard_normal(k).astype(np.float32)
     eps = np.array([1e-6], np.float32)
@@ -135,15 +118,16 @@ def test_quantised_activations(native, rng, block, k):
             if own_norm:
                 rows = np.empty_like(x)
                 assert native.bind("QwenRmsNorm", [x, norm, eps], rows)() == 0
-            wanted = schemes.quantize_activations(rows[:, order] if len(order) else rows, block)
+            ordered = rows[:, order] if len(order) else rows
+            wanted = schemes.quantize_activations(ordered, scheme.run(k, wide), wide)
             out = [np.full_like(part, 99) for part in wanted]
-            inputs = [x, norm if own_norm else cases.NOTHING, eps, order, *out]
+            inputs = [x, norm if own_norm else cases.NOTHING, eps, order, about, *out]
             assert native.bind("QwenTestQuantize", inputs, np.empty(0, np.float32))() == 0
             for got, part in zip(out, wanted, strict=True):
                 np.testing.assert_array_equal(got, part)
 
 
-@pytest.mark.parametrize("text", cases.SCHEMES)
+@pytest.mark.parametrize("text", cases.STORED)
 @pytest.mark.parametrize("order", [False, True])
 def test_dequantised_rows(native, rng, text, order):
     n, k = 37, 200
@@ -186,7 +170,7 @@ def test_arrays_at_the_end_of_memory_and_unaligned(native, rng, text):
         np.testing.assert_array_equal(y, wanted[0])
 
 
-@pytest.mark.parametrize("text", ["int8", "int4", "int8-g64"])
+@pytest.mark.parametrize("text", ["int8", "int4", "int8-g64", "int8x16", "int4x16"])
 def test_threads_do_not_change_a_bit(native, rng, text):
     a, b = cases.matrix(rng, text, 1000, 200), cases.matrix(rng, text, 1000, 200)
     for rows in (1, 9, 40):
@@ -221,7 +205,7 @@ def test_what_does_not_fit_is_refused(native, rng):
     m = cases.matrix(rng, "int4", 32, 128)
     x = cases.activations(rng, 2, 128)
     y = np.zeros((2, 32), np.float32)
-    for about in ([32, 128, 5, 128], [32, 128, 4, 96], [0, 128, 4, 128], [32, 64, 4, 128]):
+    for about in ([32, 128, 5, 128, 0], [32, 128, 4, 96, 0], [0, 128, 4, 128, 0], [32, 64, 4, 128, 1]):
         inputs = [x, *m.parts(), m.order, np.array(about, np.int64), cases.NOTHING, cases.NOTHING]
         assert native.bind("QwenTestQuantLinear", inputs, y)() == 1
         assert native.bind("QwenTestFloatLinear", inputs, y)() == 1

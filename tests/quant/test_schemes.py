@@ -223,16 +223,21 @@ def test_an_order_that_is_no_permutation_is_refused() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from([64, 128]), st.integers(0, 99))
-def test_activations(rows: int, k: int, block: int, seed: int) -> None:
+@given(
+    st.integers(1, 5), st.integers(1, 300), st.sampled_from([64, 128, 384]), st.booleans(), st.integers(0, 99)
+)
+def test_activations(rows: int, k: int, block: int, wide: bool, seed: int) -> None:
     x = matrix(rows, k, seed, scale=3.0)
     x[0, : min(k, block)] = 0
-    q, scale, total = quantize_activations(x, block)
-    blocks = -(-k // block)
-    assert q.shape == (rows, blocks * block) and q.dtype == np.int8
-    assert scale.shape == total.shape == (rows, blocks)
-    assert np.array_equal(q.reshape(rows, blocks, block).sum(2, dtype=np.int64), total)
-    back = (q.reshape(rows, blocks, block) * scale[:, :, None]).reshape(rows, -1)
+    q, scale, total = quantize_activations(x, block, wide)
+    blocks, pieces = -(-k // block), 2 if wide else 1
+    assert q.shape == (rows, pieces, blocks * block) and q.dtype == np.int8 and q.min() >= -127
+    assert scale.shape == (rows, blocks) and total.shape == (rows, pieces, blocks)
+    runs = q.reshape(rows, pieces, blocks, block)
+    assert np.array_equal(runs.sum(3, dtype=np.int64), total)
+    levels = runs[:, 0] * np.float64(256) + runs[:, 1] if wide else runs[:, 0]
+    back = (levels * scale[:, :, None]).reshape(rows, -1)
     assert not back[:, k:].any()
-    assert (np.abs(back[:, :k] - x) <= np.repeat(scale, block, 1)[:, :k] * 0.5001).all()
-    assert scale[0, 0] == 0 and not q[0, : min(k, block)].any()
+    # A half of a step; a whole one where the second piece would have to be 128.
+    assert (np.abs(back[:, :k] - x) <= np.repeat(scale, block, 1)[:, :k] * (1.01 if wide else 0.5001)).all()
+    assert scale[0, 0] == 0 and not q[0, :, : min(k, block)].any()

@@ -53,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations",
         metavar="DTYPE",
-        help="beside integer weights on cpu: int8 (default) or float32, exact",
+        help="beside integer weights on cpu: auto (default), int8, int16, or float32, exact",
     )
     parser.add_argument("--config", help="YAML to read the model from instead of config.json")
     parser.add_argument("--vocab", help="vocabulary file qwen.tiktoken (default: beside the checkpoint)")

@@ -20,16 +20,16 @@ COLUMNS = 16  # rows of a packed matrix come in groups of as many
 _FLOAT_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _PACKED_CODE = 3
 _CACHE_CODES = {"auto": 0, "float32": 0, "bfloat16": 1, "int8": 2}
-_PLAN = 8  # numbers that describe one matrix: see MatrixPlan in csrc/ops_layer.cc
+_PLAN = 9  # numbers that describe one matrix: see MatrixPlan in csrc/ops_layer.cc
 
 
 class PackedMatrix(nn.Cell):  # type: ignore[misc]
     """Parameters of a packed matrix (n, k), placeholders until they are loaded, and what the kernels must know."""
 
-    def __init__(self, n: int, k: int, packed: Packing, bias: bool = False) -> None:
+    def __init__(self, n: int, k: int, packed: Packing, bias: bool = False, wide: bool = False) -> None:
         super().__init__()
         scheme = packed.scheme
-        self.n, self.k, self.packed = n, k, packed
+        self.n, self.k, self.packed, self.wide = n, k, packed, wide
         self.weight = placeholder("weight", 4, np.uint8)
         self.scales = placeholder("scales", 3, np.float16 if scheme.group else np.float32)
         self.has_zeros, self.has_order, self.has_bias = scheme.zeros, packed.ordered, bias
@@ -44,7 +44,7 @@ class PackedMatrix(nn.Cell):  # type: ignore[misc]
     def plan(self) -> list[int]:
         """What csrc/ops_layer.cc reads of this matrix."""
         scheme = self.packed.scheme
-        flags = [int(scheme.zeros), int(self.packed.ordered), int(self.has_bias)]
+        flags = [int(scheme.zeros), int(self.packed.ordered), int(self.wide), int(self.has_bias)]
         return [_PACKED_CODE, scheme.bits, scheme.group, *flags, self.n, self.k]
 
     def types(self) -> list[Any]:
@@ -74,18 +74,29 @@ class PackedMatrix(nn.Cell):  # type: ignore[misc]
 
 
 class PackedLinear(PackedMatrix):
-    """x (T, k) -> x W^T + b (T, n) over a packed matrix."""
+    """x (T, k) -> x W^T + b (T, n) over a packed matrix; x in float32 (``exact``), 16 bits (``wide``) or 8."""
 
-    def __init__(self, library: Path, k: int, n: int, bias: bool, packed: Packing, exact: bool) -> None:
-        super().__init__(n, k, packed, bias)
+    def __init__(
+        self, library: Path, k: int, n: int, bias: bool, packed: Packing, exact: bool, wide: bool
+    ) -> None:
+        super().__init__(n, k, packed, bias, wide)
         padded = -(-n // COLUMNS) * COLUMNS
         self.surplus = padded != n
         if bias and self.surplus:
             raise KernelError(f"a quantised matrix with bias needs a multiple of {COLUMNS} rows, got {n}")
-        plan = [int(exact), *self.plan()]
-        plan[-2] = padded
-        self.plan_tensor = Tensor(np.array(plan, np.int32))
+        self.padded, self.exact = padded, exact
+        self.plan_tensor = self._plan_tensor()
         self.kernel = numbered_operator(library, "QwenPacked", F32, I32, *self.types())
+
+    def widen(self) -> None:
+        """From now on x in 16 bits. Before the graph is compiled."""
+        self.wide = True
+        self.plan_tensor = self._plan_tensor()
+
+    def _plan_tensor(self) -> Tensor:
+        plan = [int(self.exact), *self.plan()]
+        plan[-2] = self.padded
+        return Tensor(np.array(plan, np.int32))
 
     def construct(self, x: Tensor) -> Tensor:
         """(T, k) float32 -> (T, n) float32."""
@@ -136,7 +147,7 @@ class FusedStack(nn.Cell):  # type: ignore[misc]
         self._owners = (
             layers,
             parameters,
-        )  # in a tuple, so that they do not become cells and parameters of ours
+        )  # a tuple, so that they do not become cells and parameters of ours
         self.kernel = operator(library, "QwenStack", F32, I32, I64, I32, F32, F32, F32, I32, I32, I32, I32)
 
     def refresh(self) -> None:
@@ -163,4 +174,4 @@ def _matrices(layer: Layer) -> list[Any]:
 
 def float_plan(fmt: str, bias: bool, n: int, k: int) -> list[int]:
     """What csrc/ops_layer.cc reads of a matrix of plain numbers."""
-    return [_FLOAT_CODES[fmt], 0, 0, 0, 0, int(bias), n, k]
+    return [_FLOAT_CODES[fmt], 0, 0, 0, 0, 0, int(bias), n, k]

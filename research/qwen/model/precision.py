@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from research.qwen.errors import ConfigError, KernelError
 from research.qwen.model.quantise import Plan
 
+ACTIVATIONS = ("auto", "int8", "int16", "float32")
 FLOATS = ("float32", "bfloat16", "float16")
 CACHE_FORMATS = {
     "cpu": ("bfloat16", "float32", "int8"),  # the first is the default
@@ -25,7 +26,8 @@ class Precision:
             too). On ascend the dtype of the computation, float16 or bfloat16.
         lm_head, embedding: of these two matrices, where they differ.
         kv: of the cache: bfloat16 (default on cpu), float32, int8.
-        activations: what integer weights are multiplied with on cpu: int8 (default), or float32.
+        activations: what integer weights are multiplied with on cpu: auto (default: int16 with int8 weights and in
+            front of the last matrix of a layer, else int8), int8, int16, or float32.
     """
 
     dtype: str | None = None
@@ -36,8 +38,10 @@ class Precision:
 
     def __post_init__(self) -> None:
         Plan(self.dtype, self.lm_head, self.embedding)  # checks the formats
-        if self.activations not in (None, "int8", "float32"):
-            raise ConfigError(f"activations must be int8 or float32, got {self.activations!r}")
+        if self.activations not in (None, *ACTIVATIONS):
+            raise ConfigError(
+                f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}"
+            )
 
     @property
     def exact(self) -> bool:
@@ -63,8 +67,8 @@ class Precision:
         return self.dtype if self.dtype in ("float16", "bfloat16") else "float16"
 
     def activation_format(self) -> str:
-        """int8 or float32."""
-        return self.activations or ("float32" if self.exact else "int8")
+        """One of ACTIVATIONS."""
+        return self.activations or ("float32" if self.exact else "auto")
 
     def cache_format(self, backend: str) -> str:
         """Format of the KV cache; KernelError for one the backend does not have."""

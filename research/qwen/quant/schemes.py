@@ -18,7 +18,7 @@ from research.qwen.errors import CheckpointError, ConfigError
 from research.qwen.quant.rounding import round_groups, round_rows
 
 PANEL = 16  # output rows that are packed side by side
-ROW_BLOCK = 128  # run of inputs that shares one activation scale where weights have one scale per row
+ROW_BLOCK = 128  # the same where weights have one scale per row
 GROUPS = (64, 128)
 Arrays = dict[str, NDArray[Any]]
 
@@ -62,8 +62,12 @@ class Scheme:
 
     @property
     def block(self) -> int:
-        """The run of inputs that shares one activation scale; K is padded to a multiple of it."""
+        """K is padded to a multiple of it; activations in 8 bits have one scale for as many inputs."""
         return self.group or ROW_BLOCK
+
+    def run(self, k: int, wide: bool) -> int:
+        """Inputs of a row of ``k`` activations that share a scale; with 16 bits (``wide``) a row needs only one."""
+        return self.padded(PANEL, k)[1] if wide and not self.group else self.block
 
     @property
     def middle(self) -> int:
@@ -291,19 +295,24 @@ def _from_panels(values: NDArray[Any], n: int) -> NDArray[Any]:
 
 
 def quantize_activations(
-    x: NDArray[np.float32], block: int
+    x: NDArray[np.float32], run: int, wide: bool = False
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
-    """Rows x (T, K) with one scale per row and run of ``block`` inputs, as the kernels do it on the fly.
+    """Rows x (T, K) with one scale per row and run of ``run`` inputs, as the kernels do it on the fly.
 
-    Returns q int8 (T, K padded to whole blocks), scale float32 (T, B), sum of q int32 (T, B). A run of zeros has
-    scale 0.
+    Returns q int8 (T, P, K padded to whole runs), scale float32 (T, R), sum of q int32 (T, P, R). One piece (P = 1):
+    x is scale * q. Two (``wide``, 16 bits): x is scale * (256 * first + second). A run of zeros has scale 0.
     """
     rows, k = x.shape
-    blocks = -(-k // block)
-    padded = np.zeros((rows, blocks * block), np.float32)
+    count = -(-k // run)
+    padded = np.zeros((rows, count * run), np.float32)
     padded[:, :k] = x
-    runs = padded.reshape(rows, blocks, block)
+    runs = padded.reshape(rows, count, run)
     most = np.abs(runs).max(axis=2)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
-    q = np.rint(runs * inverse[:, :, None]).astype(np.int8)
-    return q.reshape(rows, -1), most / np.float32(127), q.sum(axis=2, dtype=np.int32)
+    exact = runs * inverse[:, :, None]
+    pieces, scale = [np.rint(exact)], most / np.float32(127)
+    if wide:
+        pieces.append(np.clip(np.rint((exact - pieces[0]) * np.float32(256)), -127, 127))
+        scale /= np.float32(256)
+    q = np.stack(pieces, axis=1).astype(np.int8)
+    return q.reshape(rows, len(pieces), -1), scale, q.sum(axis=3, dtype=np.int32)

@@ -43,8 +43,6 @@ Arena& arena() {
   return *one;
 }
 
-int64_t block_of(const QuantWeight& w) { return w.group ? w.group : 128; }
-
 void add(const float* from, float* y, int64_t size) {
   parallel(size, size < kSmall ? kSmall : 1 << 14, [&](int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; ++i) y[i] += from[i];
@@ -61,7 +59,7 @@ int apply_float(const Matrix& w, const float* x, int64_t rows, const float* resi
 }
 
 bool same_inputs(const QuantWeight& a, const QuantWeight& b) {
-  if (block_of(a) != block_of(b) || a.k != b.k || !a.order != !b.order) return false;
+  if (a.run() != b.run() || a.wide != b.wide || a.k != b.k || !a.order != !b.order) return false;
   return !a.order || a.order == b.order || !std::memcmp(a.order, b.order, a.k * sizeof(int32_t));
 }
 
@@ -80,8 +78,7 @@ struct Layer {
 
   int norm_apply(const float* x, const float* norm, const Matrix& w, float* y) {
     if (integer(w)) {
-      const QuantInput in =
-          norm_quantize_rows(x, norm, a.eps, rows, w.k, block_of(w.packed), w.packed.order, quant);
+      const QuantInput in = norm_quantize_rows(x, norm, a.eps, rows, w.packed, quant);
       return quant_linear(in, w.packed, w.bias, nullptr, y);
     }
     rms_norm(x, norm, a.eps, normed, rows, a.hidden);
@@ -90,7 +87,7 @@ struct Layer {
 
   int apply_rows(const Matrix& w, const float* x, const float* residual, float* y) {
     if (integer(w)) {
-      const QuantInput in = quantize_rows(x, rows, w.k, block_of(w.packed), w.packed.order, quant);
+      const QuantInput in = quantize_rows(x, rows, w.packed, quant);
       return quant_linear(in, w.packed, w.bias, residual, y);
     }
     return apply(w, x, rows, a.exact, residual, y);
@@ -99,7 +96,7 @@ struct Layer {
   int mlp() {
     if (integer(a.w1) && integer(a.w2) && same_scheme(a.w1.packed, a.w2.packed)) {
       const QuantWeight& w = a.w1.packed;
-      const QuantInput in = norm_quantize_rows(middle, a.ln_2, a.eps, rows, w.k, block_of(w), w.order, quant);
+      const QuantInput in = norm_quantize_rows(middle, a.ln_2, a.eps, rows, w, quant);
       if (const int error = quant_gated(in, w, a.w2.packed, gate)) return error;
     } else {
       rms_norm(middle, a.ln_2, a.eps, normed, rows, a.hidden);
@@ -138,7 +135,7 @@ int64_t quant_bytes(const LayerArgs& a, int64_t rows) {
   int64_t most = 0;
   for (const Matrix* w : {&a.c_attn, &a.attn_proj, &a.w1, &a.w2, &a.mlp_proj})
     if (w->quantised) {
-      const int64_t bytes = quant_input_bytes(rows, w->k, block_of(w->packed));
+      const int64_t bytes = quant_input_bytes(rows, w->packed);
       most = bytes > most ? bytes : most;
     }
   return most;
@@ -149,8 +146,8 @@ int64_t quant_bytes(const LayerArgs& a, int64_t rows) {
 int apply(const Matrix& w, const float* x, int64_t rows, bool exact, const float* residual, float* y) {
   if (!w.quantised) return apply_float(w, x, rows, residual, y);
   if (exact) return float_linear(x, rows, w.packed, w.bias, residual, y);
-  if (!arena().reserve(quant_input_bytes(rows, w.k, block_of(w.packed)))) return 3;
-  const QuantInput in = quantize_rows(x, rows, w.k, block_of(w.packed), w.packed.order, arena().take<char>(0));
+  if (!arena().reserve(quant_input_bytes(rows, w.packed))) return 3;
+  const QuantInput in = quantize_rows(x, rows, w.packed, arena().take<char>(0));
   return quant_linear(in, w.packed, w.bias, residual, y);
 }
 

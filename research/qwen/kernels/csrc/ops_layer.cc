@@ -12,7 +12,7 @@ namespace qwen {
 namespace {
 
 // `plan` (int32): what the inputs behind it are. Written by kernels/cpu_layer.py.
-enum MatrixPlan { kFormat, kBits, kGroup, kZeros, kOrder, kBias, kN, kK, kMatrixPlan };
+enum MatrixPlan { kFormat, kBits, kGroup, kZeros, kOrder, kWide, kBias, kN, kK, kMatrixPlan };
 enum LayerPlan { kEps, kExact, kCacheFormat, kHeads, kHeadDim, kBlockSize, kBlocks, kLayers, kMatrices };
 constexpr int32_t kPacked = 3;  // kFormat of packed integers, after kF32, kBF16, kF16
 
@@ -28,6 +28,7 @@ Matrix read_matrix(const int32_t* plan, void**& p) {
     m.packed.zeros = plan[kZeros] ? static_cast<const uint8_t*>(*p++) : nullptr;
     m.packed.order = plan[kOrder] ? static_cast<const int32_t*>(*p++) : nullptr;
     m.packed.n = m.n, m.packed.k = m.k, m.packed.bits = plan[kBits], m.packed.group = plan[kGroup];
+    m.packed.wide = plan[kWide];
   } else {
     m.data = weight;
     m.format = plan[kFormat];

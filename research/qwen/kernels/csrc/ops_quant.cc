@@ -1,5 +1,5 @@
 // Entry points for the tests and benchmarks of integer weights, see quant.h. An array without elements stands for null.
-// `about` is int64 (n, k, bits, group) of the weights.
+// `about` is int64 (n, k, bits, group, wide) of the weights.
 #include <cstring>
 #include <vector>
 
@@ -25,12 +25,12 @@ struct Arrays {
 QuantWeight weight(const Arrays& a, int first, int order, int about) {
   const auto* n = a.at<int64_t>(about);
   return {a.at<uint8_t>(first), a.at<void>(first + 1), a.at<uint8_t>(first + 2), a.at<int32_t>(order),
-          n[0], n[1], static_cast<int>(n[2]), n[3]};
+          n[0], n[1], static_cast<int>(n[2]), n[3], n[4] != 0};
 }
 
 void* input_buffer(int64_t rows, const QuantWeight& w) {
   static thread_local std::vector<char> buffer;
-  buffer.resize(quant_input_bytes(rows, w.k, w.block()));
+  buffer.resize(quant_input_bytes(rows, w));
   return buffer.data();
 }
 
@@ -46,7 +46,7 @@ KERNEL(QwenTestQuantLinear) {
   if (shapes[0][1] != w.k) return 1;
   qwen::Turn turn;
   const qwen::QuantInput x =
-      qwen::quantize_rows(a.at<float>(0), a.rows(0), w.k, w.block(), w.order, qwen::input_buffer(a.rows(0), w));
+      qwen::quantize_rows(a.at<float>(0), a.rows(0), w, qwen::input_buffer(a.rows(0), w));
   return qwen::quant_linear(x, w, a.at<float>(6), a.at<float>(7), a.at<float>(8));
 }
 
@@ -66,26 +66,26 @@ KERNEL(QwenTestQuantGated) {
   if (shapes[0][1] != w1.k) return 1;
   qwen::Turn turn;
   const qwen::QuantInput x =
-      qwen::quantize_rows(a.at<float>(0), a.rows(0), w1.k, w1.block(), w1.order, qwen::input_buffer(a.rows(0), w1));
+      qwen::quantize_rows(a.at<float>(0), a.rows(0), w1, qwen::input_buffer(a.rows(0), w1));
   return qwen::quant_gated(x, w1, w2, a.at<float>(9));
 }
 
-// inputs x (T, K), norm (K,), eps (1,), order (K,), q int8 (T, K padded), scale (T, blocks), sum int32 (T, blocks), of
-// which the last three are written; the output is not.
+// inputs x (T, K), norm (K,), eps (1,), order (K,), about, q int8 (T, pieces, K padded), scale (T, runs), sum int32 (T,
+// pieces, runs), of which the last three are written; the output is not.
 KERNEL(QwenTestQuantize) {
   const Arrays a = {p, shapes};
-  const int64_t rows = a.rows(0), k = shapes[0][1], blocks = shapes[5][1], block = shapes[4][1] / blocks;
-  std::vector<char> buffer(qwen::quant_input_bytes(rows, k, block));
+  const int64_t rows = a.rows(0), *about = a.at<int64_t>(4);
+  const qwen::QuantWeight w = {a.at<uint8_t>(0), p[0], nullptr, a.at<int32_t>(3), about[0], about[1],
+                               static_cast<int>(about[2]), about[3], about[4] != 0};
   qwen::Turn turn;
-  const auto* order = a.at<int32_t>(3);
-  const qwen::QuantInput x =
-      a.rows(1) ? qwen::norm_quantize_rows(a.at<float>(0), a.at<float>(1), *a.at<float>(2), rows, k, block, order,
-                                           buffer.data())
-                : qwen::quantize_rows(a.at<float>(0), rows, k, block, order, buffer.data());
-  if (x.blocks != blocks || x.k_padded != shapes[4][1]) return 1;
-  std::memcpy(p[4], x.q, rows * x.k_padded);
-  std::memcpy(p[5], x.scale, rows * blocks * sizeof(float));
-  std::memcpy(p[6], x.sum, rows * blocks * sizeof(int32_t));
+  void* const buffer = qwen::input_buffer(rows, w);
+  const qwen::QuantInput x = a.rows(1) ? qwen::norm_quantize_rows(a.at<float>(0), a.at<float>(1), *a.at<float>(2), rows,
+                                                                  w, buffer)
+                                       : qwen::quantize_rows(a.at<float>(0), rows, w, buffer);
+  if (x.pieces() != shapes[5][1] || x.k_padded != shapes[5][2] || x.runs != shapes[6][1]) return 1;
+  std::memcpy(p[5], x.q, rows * x.pieces() * x.k_padded);
+  std::memcpy(p[6], x.scale, rows * x.runs * sizeof(float));
+  std::memcpy(p[7], x.sum, rows * x.pieces() * x.runs * sizeof(int32_t));
   return 0;
 }
 

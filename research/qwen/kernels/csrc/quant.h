@@ -14,26 +14,32 @@ struct QuantWeight {
   int64_t n, k;           // before padding
   int bits;               // 4 or 8
   int64_t group;          // inputs that share a scale, a multiple of 64; 0: one scale per row of W
-  int64_t block() const { return group ? group : 128; }  // inputs of a row of x that share a scale
+  bool wide;              // what it is multiplied with has 16 bits
+  int64_t block() const { return group ? group : 128; }
   int64_t blocks() const { return (k + block() - 1) / block(); }
+  int64_t padded() const { return blocks() * block(); }
+  int64_t run() const { return wide && !group ? padded() : block(); }  // inputs of a row of x that share a scale
 };
 
-// Rows of x as signed bytes: per run of `block` inputs s = max|x| / 127, q = rint(x * (127 / max|x|)), sum = sum of q.
+// Rows of x as signed bytes: per run s = max|x| / 127, v = x * (127 / max|x|), q = rint(v). Wide rows have a second piece,
+// what the first has rounded away: rint(256 (v - q)), at most 127; then x is s / 256 * (256 first + second).
 struct QuantInput {
-  const int8_t* q;       // (rows, k_padded), zeros behind k
-  const float* scale;    // (rows, blocks)
-  const int32_t* sum;    // (rows, blocks)
-  int64_t rows, k_padded, blocks;
+  const int8_t* q;       // (rows, pieces, k_padded), zeros behind k
+  const float* scale;    // (rows, runs): s, or s / 256
+  const int32_t* sum;    // (rows, pieces, runs): sums of q
+  int64_t rows, k_padded, runs;
+  bool wide;
+  int64_t pieces() const { return wide ? 2 : 1; }
 };
 
-int64_t quant_input_bytes(int64_t rows, int64_t k, int64_t block);  // of the buffer below
+int64_t quant_input_bytes(int64_t rows, const QuantWeight& w);  // of the buffer below
 
 // All that follows works on all threads, inside a Turn, and uses thread_scratch; float_linear also shared_scratch.
-// order may be null.
-QuantInput quantize_rows(const float* x, int64_t rows, int64_t k, int64_t block, const int32_t* order, void* buffer);
+// Rows for products with w, or with a matrix of the same k, run, width and order.
+QuantInput quantize_rows(const float* x, int64_t rows, const QuantWeight& w, void* buffer);
 // The same of qwen::rms_norm(x, norm, eps), bit for bit. q has no rows (null) when memory runs out.
-QuantInput norm_quantize_rows(const float* x, const float* norm, float eps, int64_t rows, int64_t k, int64_t block,
-                              const int32_t* order, void* buffer);
+QuantInput norm_quantize_rows(const float* x, const float* norm, float eps, int64_t rows, const QuantWeight& w,
+                              void* buffer);
 
 // Results: 0; 1 when x and w do not fit each other or a number is out of range; 3 when memory runs out.
 
@@ -48,8 +54,11 @@ void dequantize_row(const QuantWeight& w, int64_t row, float* out);
 
 // ---- what quant_isa.cc offers for each instruction set ----
 
+constexpr int64_t kTileRows = 16, kStep = 64;  // of x in a tile
+
 struct QuantCall {
-  QuantInput x;          // of integer products; many rows on AMX: q (blocks, rows, block), scale, sum (blocks, rows)
+  QuantInput x;          // of integer products; many rows on AMX: q (rows / kTileRows, k_padded / kStep, pieces,
+                         // kTileRows, kStep), scale (runs, rows), sum (runs, pieces, rows)
   const float* rows_f;   // (rows, k_padded), of float products, already in the stored order
   QuantWeight w, gate;   // gate.codes is null unless y = (x w) * silu(x gate)
   const float* bias;
@@ -57,16 +66,22 @@ struct QuantCall {
   float* y;
 };
 
+struct QuantRow {        // one row of a QuantInput; fine and fine_sum, of the second piece, are null without
+  int8_t *q, *fine;
+  float* scale;
+  int32_t *sum, *fine_sum;
+};
+
 struct QuantTable {
   // One row of x, already in the stored order.
-  void (*quantize)(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum);
+  void (*quantize)(const float* x, int64_t k, int64_t run, int64_t k_padded, QuantRow to);
   int64_t (*scratch)(const QuantCall&);  // bytes each thread needs for `integer`
   // Columns 16 * b0 .. 16 * b1 of y.
   void (*integer)(const QuantCall&, int64_t b0, int64_t b1, void* scratch);
   void (*exact)(const QuantCall&, int64_t b0, int64_t b1);
   void (*widen_row)(const QuantWeight&, int64_t row, float* out);  // in the stored order
   int64_t rows;                          // rows of x that share one sweep over the weights, at most
-  int64_t rows_by_block;                 // from as many rows on x is laid out by blocks (see QuantCall)
+  int64_t rows_as_tiles;                 // from as many rows on x is laid out as tiles (see QuantCall)
 };
 
 const QuantTable* quant_base();

@@ -12,9 +12,9 @@ using qwen::QuantInput;
 using qwen::QuantWeight;
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 8, kExactRows = 4;  // rows of x that share one walk over 16 columns
+constexpr int kMostRows = 8, kExactRows = 4;  // rows of x that share one walk over 16 columns
 #else
-constexpr int kTileRows = 4, kExactRows = 2;
+constexpr int kMostRows = 4, kExactRows = 2;
 #endif
 // Codes are fetched far ahead into the second cache (the first has too few lines on the way at a time to keep memory
 // busy), and from there a little ahead into the first.
@@ -59,11 +59,24 @@ INLINE int32_t sum_lanes_i(VI v) {
 #endif
 }
 
-// s, q and sum of every block of one row; see quant.h.
-static void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float* scale, int32_t* sum) {
-  typedef int8_t VQ __attribute__((vector_size(QWEN_LANES)));
-  for (int64_t i = 0; i < k; i += block, q += block, ++scale, ++sum) {
-    const int64_t len = smaller(block, k - i);
+typedef int8_t VQ __attribute__((vector_size(QWEN_LANES)));
+INLINE void store_bytes(int8_t* to, VI v) {
+  const VQ narrow = __builtin_convertvector(v, VQ);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+// What rounding v to n has lost, in units of 1/256; half a unit of n is one too many for a byte.
+INLINE VI lost(V v, VI n) {
+  const VI m = nearest((v - as_float(n)) * splat(256.f));
+  const VI top = 127 - VI{};
+  const VI below = m < top ? m : top;
+  return below > -top ? below : -top;
+}
+
+// Scales, pieces and sums of one row; see quant.h.
+static void quantize(const float* x, int64_t k, int64_t run, int64_t k_padded, qwen::QuantRow to) {
+  for (int64_t i = 0; i < k_padded; i += run, to.q += run, ++to.scale, ++to.sum) {
+    const int64_t len = smaller(run, k - i);
     VI top = {};  // magnitudes compared as integers, so that a NaN is the largest and is not lost
     int64_t j = 0;
     for (; j + kLanes <= len; j += kLanes) {
@@ -79,18 +92,25 @@ static void quantize(const float* x, int64_t k, int64_t block, int8_t* q, float*
     std::memcpy(&largest, &most, sizeof largest);
     const bool none = largest < 3.8e-37f;  // 127 / largest would not be finite
     const V inverse = splat(none ? 0.f : 127.f / largest);
-    *scale = none ? 0.f : largest / 127.f;
-    VI total = {};
-    for (j = 0; j < block; j += kLanes) {
+    *to.scale = none ? 0.f : to.fine ? largest / 127.f / 256.f : largest / 127.f;
+    VI total = {}, fine_total = {};
+    for (j = 0; j < run; j += kLanes) {
       V v = {};
       if (len - j >= kLanes) v = load(x + i + j);
       else if (len > j) v = load_part(x + i + j, len - j);
-      const VI n = nearest(v * inverse);
+      v = v * inverse;
+      const VI n = nearest(v);
       total += n;
-      const VQ narrow = __builtin_convertvector(n, VQ);
-      std::memcpy(q + j, &narrow, sizeof narrow);
+      store_bytes(to.q + j, n);
+      if (!to.fine) continue;
+      const VI m = lost(v, n);
+      fine_total += m;
+      store_bytes(to.fine + j, m);
     }
-    *sum = sum_lanes_i(total);
+    *to.sum = sum_lanes_i(total);
+    if (!to.fine) continue;
+    *to.fine_sum++ = sum_lanes_i(fine_total);
+    to.fine += run;
   }
 }
 
@@ -111,6 +131,11 @@ INLINE V group_scale(const Columns& c, int64_t g, int p) {
   return F16::wide(reinterpret_cast<const uint16_t*>(c.scales) + g * 16 + p * kLanes);
 }
 INLINE V row_scale(const Columns& c, int p) { return load(reinterpret_cast<const float*>(c.scales) + p * kLanes); }
+
+// A result of whole rows in two pieces, before the scale of the column.
+INLINE V whole_value(VI first, VI second, float scale) {
+  return fma(as_float(first), splat(256.f), as_float(second)) * splat(scale);
+}
 
 template <int BITS>
 INLINE VI zero_of(const Columns& c, int64_t g, int p) {
@@ -156,23 +181,53 @@ INLINE void block_dot(const uint8_t* codes, const int8_t* q, int64_t stride, int
 }
 #endif  // else in quant_neon.h
 
+// The integer that the pieces of a row make with a column, as float; at most 2^31 for a block of 256 inputs.
+INLINE V joined(VI first, VI second) { return as_float((first << 8) + second); }
+
+// Wide rows and weights with one scale a row: R rows x 16 columns, the integer sums of all of k.
+template <int R>
+INLINE void whole_product(const QuantInput& x, const QuantWeight& w, int64_t r0, int64_t b, V (&acc)[R][kParts]) {
+  const Columns c = columns_at(w, b);
+  VI dot[2 * R][kParts];
+  block_dot<8, 2 * R>(c.codes, x.q + 2 * r0 * x.k_padded, x.k_padded, x.k_padded, dot);
+  for (int p = 0; p < kParts; ++p) {
+    const VI zero = zero_of<8>(c, 0, p) - kOffset<8>;
+    for (int r = 0; r < R; ++r) {
+      const int32_t* sum = x.sum + 2 * (r0 + r);
+      const V v = whole_value(dot[2 * r][p] - zero * sum[0], dot[2 * r + 1][p] - zero * sum[1], x.scale[r0 + r]);
+      acc[r][p] = v * row_scale(c, p);
+    }
+  }
+}
+
 // R rows x 16 columns over all of k.
-template <int BITS, int R>
+template <int BITS, int R, bool WIDE>
 INLINE void product(const QuantInput& x, const QuantWeight& w, int64_t r0, int64_t b, V (&acc)[R][kParts]) {
+  if constexpr (WIDE && BITS == 8) {
+    if (!w.group) return whole_product<R>(x, w, r0, b, acc);
+  }
+  constexpr int kPieces = 1 + WIDE;
   const Columns c = columns_at(w, b);
   const int64_t block = w.block(), bytes = block * 2 * BITS;
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < kParts; ++p) acc[r][p] = V{};
-  for (int64_t g = 0; g < x.blocks; ++g) {
+  for (int64_t g = 0; g < x.runs; ++g) {
     if (w.group) __builtin_prefetch(c.scales + g * 32 + kFarScales, 0, 2);
-    VI dot[R][kParts];
-    block_dot<BITS, R>(c.codes + g * bytes, x.q + r0 * x.k_padded + g * block, x.k_padded, block, dot);
+    VI dot[kPieces * R][kParts];
+    const int8_t* q = x.q + kPieces * r0 * x.k_padded + g * block;
+    block_dot<BITS, kPieces * R>(c.codes + g * bytes, q, x.k_padded, block, dot);
     for (int p = 0; p < kParts; ++p) {
       const VI zero = zero_of<BITS>(c, w.group ? g : 0, p) - kOffset<BITS>;
       const V scale = w.group ? group_scale(c, g, p) : splat(1.f);
       for (int r = 0; r < R; ++r) {
-        const int64_t at = (r0 + r) * x.blocks + g;
-        acc[r][p] = fma(as_float(dot[r][p] - zero * x.sum[at]), splat(x.scale[at]) * scale, acc[r][p]);
+        const int32_t* sum = x.sum + (r0 + r) * kPieces * x.runs + g;
+        const V factor = splat(x.scale[(r0 + r) * x.runs + g]) * scale;
+        if constexpr (WIDE) {
+          const VI first = dot[2 * r][p] - zero * sum[0], second = dot[2 * r + 1][p] - zero * sum[x.runs];
+          acc[r][p] = fma(joined(first, second), factor, acc[r][p]);
+        } else {
+          acc[r][p] = fma(as_float(dot[r][p] - zero * sum[0]), factor, acc[r][p]);
+        }
       }
     }
   }
@@ -209,35 +264,43 @@ INLINE void finish(const QuantCall& a, int64_t row, int64_t column, V v) {
 
 namespace {
 
-template <int BITS, int R>
+template <int BITS, bool WIDE, int R>
 static void tile(const QuantCall& a, int64_t r0, int64_t b) {
   V acc[R][kParts], gate[R][kParts];
-  product<BITS, R>(a.x, a.w, r0, b, acc);
-  if (a.gate.codes) product<BITS, R>(a.x, a.gate, r0, b, gate);
+  product<BITS, R, WIDE>(a.x, a.w, r0, b, acc);
+  if (a.gate.codes) product<BITS, R, WIDE>(a.x, a.gate, r0, b, gate);
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < kParts; ++p)
       finish(a, r0 + r, b * 16 + p * kLanes, a.gate.codes ? silu_times(acc[r][p], gate[r][p]) : acc[r][p]);
 }
 
-template <int BITS>
+template <int BITS, bool WIDE>
 static void tiles(const QuantCall& a, int64_t b0, int64_t b1) {
+  constexpr int kMost = kMostRows / (1 + WIDE);
   for (int64_t b = b0; b < b1; ++b) {
     int64_t r = 0;
-    for (; r + kTileRows <= a.x.rows; r += kTileRows) tile<BITS, kTileRows>(a, r, b);
-    if constexpr (kTileRows > 4)
-      for (; r + 4 <= a.x.rows; r += 4) tile<BITS, 4>(a, r, b);
+    for (; r + kMost <= a.x.rows; r += kMost) tile<BITS, WIDE, kMost>(a, r, b);
+    if constexpr (kMost > 4)
+      for (; r + 4 <= a.x.rows; r += 4) tile<BITS, WIDE, 4>(a, r, b);
     switch (a.x.rows - r) {
-      case 3: tile<BITS, 3>(a, r, b); break;
-      case 2: tile<BITS, 2>(a, r, b); break;
-      case 1: tile<BITS, 1>(a, r, b); break;
+      case 3: if constexpr (kMost > 3) tile<BITS, WIDE, 3>(a, r, b); break;
+      case 2: if constexpr (kMost > 2) tile<BITS, WIDE, 2>(a, r, b); break;
+      case 1: tile<BITS, WIDE, 1>(a, r, b); break;
       default: break;
     }
   }
 }
 
+template <bool WIDE>
+static void tiles_of_width(const QuantCall& a, int64_t b0, int64_t b1) {
+  a.w.bits == 4 ? tiles<4, WIDE>(a, b0, b1) : tiles<8, WIDE>(a, b0, b1);
+}
+
 #if defined(__AMX_INT8__)
 constexpr int64_t kLeastTileRows = 5;  // fewer rows are as fast without tiles
-static int64_t scratch(const QuantCall& a) { return a.x.rows < kLeastTileRows ? 0 : sizeof(Workspace); }
+static int64_t scratch(const QuantCall& a) {
+  return a.x.rows * a.x.pieces() < kLeastTileRows ? 0 : sizeof(Workspace);
+}
 #else
 static int64_t scratch(const QuantCall&) { return 0; }
 #endif
@@ -250,7 +313,7 @@ static void integer(const QuantCall& a, int64_t b0, int64_t b1, void* work) {
   }
 #endif
   (void)work;
-  a.w.bits == 4 ? tiles<4>(a, b0, b1) : tiles<8>(a, b0, b1);
+  a.x.wide ? tiles_of_width<true>(a, b0, b1) : tiles_of_width<false>(a, b0, b1);
 }
 
 // code - zero of one input, kLanes columns; v holds four (or eight) inputs of each.
@@ -274,7 +337,7 @@ static void exact_tile(const QuantCall& a, int64_t r0, int64_t b) {
   const Columns c = columns_at(a.w, b);
   const int64_t block = a.w.block(), bytes = block * 2 * BITS, stride = a.x.k_padded;
   V total[R][kParts] = {};
-  for (int64_t g = 0; g < a.x.blocks; ++g) {
+  for (int64_t g = 0; g < a.x.runs; ++g) {
     V sum[R][kParts][4] = {};
     V zero[kParts];
     for (int p = 0; p < kParts; ++p) zero[p] = as_float(zero_of<BITS>(c, a.w.group ? g : 0, p));
@@ -345,11 +408,11 @@ namespace qwen {
 
 const QuantTable* QWEN_TABLE() {
 #if defined(__AMX_INT8__)
-  constexpr int64_t kByBlock = kTile + 1;  // what square_product takes
+  constexpr int64_t kAsTiles = kTile + 1;  // what square_product takes
 #else
-  constexpr int64_t kByBlock = INT64_MAX;
+  constexpr int64_t kAsTiles = INT64_MAX;
 #endif
-  static const QuantTable table = {::quantize, ::scratch, ::integer, ::exact, ::widen_row, 256, kByBlock};
+  static const QuantTable table = {::quantize, ::scratch, ::integer, ::exact, ::widen_row, 256, kAsTiles};
   return &table;
 }
 
