@@ -32,7 +32,7 @@ MAX_GRAMMAR = 1_000_000  # characters, the schemas in it included
 # White space between the parts of JSON: enough to indent it, but a model cannot go on with blanks for ever.
 _JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 _LENIENT: Mapping[str, Any] = {"lenient": True, "coerce_one_of": True}
-# Half a millisecond of work per token at most is the rule; grammars beyond these bounds fail alone.
+# Bounds on the work of one mask; a request whose grammar needs more fails, and it alone.
 _LIMITS = {"initial_lexer_fuel": 500_000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
 _INLINE_JSON = re.compile(r"%json\s*")
 
