@@ -26,6 +26,11 @@ ENDS = (TOKENIZER.eod_id, TOKENIZER.im_end_id)
 COMPILER = ConstraintCompiler(TOKENIZER, ROWS, [*ENDS, ROWS + 5])
 CONTROL = {*TOKENIZER.special_tokens.values(), *range(len(TOKENIZER), ROWS)} - set(ENDS)
 ORDINARY = [token for token in range(len(TOKENIZER)) if token not in TOKENIZER.special_tokens.values()]
+SINGLE = {
+    TOKENIZER.decode_bytes([token])[0]: token
+    for token in ORDINARY
+    if len(TOKENIZER.decode_bytes([token])) == 1
+}
 CLOSERS = [TOKENIZER.encode(text)[0] for text in '"}],0']
 
 
@@ -106,16 +111,26 @@ def test_properties_come_in_the_order_of_the_schema():
     assert ended and list(json.loads(text.decode())) == ["x", "name"]
 
 
-def test_blanks_are_bounded():
-    blank = TOKENIZER.encode("\n")[0]
-    (processor,), ids = COMPILER.json_object()(), [0, *TOKENIZER.encode("{")]
-    processor([0], np.zeros(ROWS))
-    runs = 0
-    while processor(ids, np.zeros(ROWS))[blank] == 0:
-        ids.append(blank)
-        runs += 1
-        assert runs < 100
-    assert runs == 32
+def fits(constraint, text):
+    """Whether the grammar takes the text, byte by byte, and may end there."""
+    (processor,), ids = constraint(), [0]
+    for byte in [*text.encode(), None]:
+        allowed = processor(ids, np.zeros(ROWS)) == 0
+        token = ENDS[0] if byte is None else SINGLE[byte]
+        if not allowed[token]:
+            return False
+        ids.append(token)
+    return True
+
+
+def test_json_may_be_indented_but_not_filled_with_blanks():
+    value = {"a": [1, {"b": None}], "c": {}, "": "x"}
+    for indent in (None, 0, 2, 4):
+        assert fits(COMPILER.json_object(), json.dumps(value, indent=indent))
+    assert fits(COMPILER.json_object(), json.dumps(value, separators=(",", ":")))
+    assert fits(COMPILER.json_object(), '{\r\n\t"a" : 1\r\n}')
+    for filled in ('{\n\n"a":1}', '{  "a":1}', '{"a":' + "\n" + " " * 33 + "1}", '{"a":1} '):
+        assert not fits(COMPILER.json_object(), filled)
 
 
 @pytest.mark.parametrize("pattern", [r"[a-c]{1,4}\d", "(你|好){2,3}", r"a/b\n[/\"]?", "😀+x|龘", r"\w{3}"])

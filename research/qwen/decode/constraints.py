@@ -29,8 +29,9 @@ from research.qwen.errors import RequestError
 
 MAX_CHOICES = 1_000
 MAX_GRAMMAR = 1_000_000  # characters, the schemas in it included
-# White space between the parts of JSON: enough to indent it, but a model cannot go on with blanks for ever.
-_JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+# White space between the parts of JSON: a blank, or a new line with its indent. A model that knows little JSON would
+# go on with more of it until its tokens are used up.
+_JSON_OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"\x20|\x0D?\x0A[\x20\x09]{0,32}"}
 _LENIENT: Mapping[str, Any] = {"lenient": True, "coerce_one_of": True}
 # Bounds on the work of one mask; a request whose grammar needs more fails, and it alone.
 _LIMITS = {"initial_lexer_fuel": 500_000, "step_lexer_fuel": 100_000, "max_lexer_states": 50_000}
