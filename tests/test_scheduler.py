@@ -289,6 +289,17 @@ def test_long_work_comes_in_turns_with_the_running(scheduler):
     assert order[:6] == ["token", "token", 0, "token", 1, "token"]
 
 
+def test_work_that_generates_serves_the_others_too(scheduler, tokenizer):
+    ticket, receiver = held(scheduler, params=PARAMS)
+    other = Receiver()
+    late = scheduler.submit([1, 2], PARAMS, other)
+    future = scheduler.call(lambda engine: engine.generate([[5, 6]], PARAMS)[0].text)
+    scheduler.engine.lm.open_gate()
+    assert future.result(WAIT) == make_engine(tokenizer).generate([[5, 6]], PARAMS)[0].text
+    assert len(receiver.wait()) == len(other.wait()) == 10
+    assert ticket.scheduled_at <= late.scheduled_at <= late.first_token_at
+
+
 def test_cancelled_work_never_runs(scheduler):
     _, receiver = held(scheduler)
     ran = []

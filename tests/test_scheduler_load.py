@@ -100,7 +100,7 @@ def test_many_clients():
     assert not scheduler._thread.is_alive()
     assert [client.wrong for client in clients] == [[]] * 8
     assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, 0)
-    assert len(scheduler.engine.requests) == 0 and not scheduler._tickets and not scheduler._by_key
+    assert len(scheduler.engine.requests) == 0 and not scheduler._tickets
     assert stats.requests + sum(client.busy for client in clients) == 160
     assert stats.prefix_hits > 0 and sum(client.cancelled for client in clients) > 0
     check_answers([answer for client in clients for answer in client.answers])

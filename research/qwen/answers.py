@@ -142,6 +142,7 @@ class Request:
         self.new_tokens = 0
         self.cached_tokens = 0
         self.failure: BaseException | None = None
+        self.started_at: float | None = None  # when its first pass began, of time.monotonic
 
     @property
     def running(self) -> bool:
@@ -212,12 +213,10 @@ class Requests:
             if self._requests.pop(request.key, None) is not None:
                 self.loop.cancel(request.key)
 
-    def pump(self, on_start: Callable[[list[int]], None] | None = None) -> None:
-        """One step of the shared loop; its events become deltas of their requests.
-
-        ``on_start`` hears before any of them which requests the step began to compute.
-        """
+    def pump(self) -> None:
+        """One step of the shared loop; its events become deltas of their requests."""
         with self.lock:
+            begin = time.monotonic()
             try:
                 events = self.loop.step()
             except BaseException as error:
@@ -226,8 +225,9 @@ class Requests:
                 for request in failed:
                     request.fail(error)
                 raise
-            if on_start is not None and self.loop.started:
-                on_start(self.loop.started)
+            for key in self.loop.started:
+                if key in self._requests:
+                    self._requests[key].started_at = begin
             for event in events:
                 self._route(event)
 
@@ -265,7 +265,6 @@ class Ticket:
     def __init__(self, number: int, deliver: Sink, cancel: Callable[[Ticket], None]):
         self.id = number
         self.queued_at: float = time.monotonic()
-        self.scheduled_at: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
         self.cached_tokens = 0
@@ -273,6 +272,11 @@ class Ticket:
         self.request: Request | None = None  # once the model thread has it
         self.cancelled = False
         self._cancel = cancel
+
+    @property
+    def scheduled_at(self) -> float | None:
+        """When its first pass began."""
+        return self.request.started_at if self.request is not None else None
 
     @property
     def done(self) -> bool:

@@ -96,7 +96,6 @@ class Scheduler:
         self._cancels: deque[Ticket] = deque()
         self._calls: deque[_Call] = deque()
         self._tickets: dict[int, Ticket] = {}  # not yet done, by id
-        self._by_key: dict[int, Ticket] = {}  # those in the loop; model thread only
         self._last_id = 0
         self._stopping: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -298,23 +297,16 @@ class Scheduler:
                 processors=order.processors,
                 cache_salt=order.cache_salt,
             )
-            self._by_key[ticket.request.key] = ticket
         except Exception as error:
             self._hand_over(ticket, error)
 
     def _step(self) -> None:
         begin, failed = time.monotonic(), self._loop.counters.failed_passes
-        self._requests.pump(lambda keys: self._note_started(keys, begin))
+        self._requests.pump()
         self._seconds += time.monotonic() - begin
         self._failures = self._failures + 1 if self._loop.counters.failed_passes > failed else 0
         if self._failures >= FAILED_PASSES:
             raise RuntimeError(f"{FAILED_PASSES} passes failed one after the other")
-
-    def _note_started(self, keys: list[int], begin: float) -> None:
-        for key in keys:
-            ticket = self._by_key.get(key)
-            if ticket is not None and ticket.scheduled_at is None:
-                ticket.scheduled_at = begin
 
     def _advance(self, call: _Call) -> None:
         """One piece of the oldest other work."""
@@ -366,8 +358,6 @@ class Scheduler:
             self._cancel(ticket)
 
     def _finish(self, ticket: Ticket) -> None:
-        if ticket.request is not None:
-            self._by_key.pop(ticket.request.key, None)
         with self._wake:
             ticket.ended_at = time.monotonic()
             self._tickets.pop(ticket.id, None)
