@@ -23,6 +23,8 @@ def test_models(client: httpx.Client) -> None:
     assert isinstance(card["created"], int) and isinstance(card["owned_by"], str)
     assert client.get("/v1/models/qwen").json() == card
     assert client.get("/version").json() == {"version": __version__}
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.head("/health").status_code == 200
 
 
 def test_several_names_and_names_with_slashes() -> None:

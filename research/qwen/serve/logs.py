@@ -41,11 +41,6 @@ def note(request: HasScope, **values: str | int | float | bool | None) -> None:
     request.scope.setdefault(FIELDS, {}).update(values)
 
 
-def current_id(request: HasScope) -> str:
-    """Id of the request, as the response's x-request-id says it."""
-    return str(request.scope.get("qwen.id", ""))
-
-
 class RequestLog:
     """ASGI: takes or makes the request id, returns it as x-request-id, and logs and counts the request at its end."""
 
