@@ -61,6 +61,38 @@ def test_comments_line_ends_and_unknown_events_are_passed_over(chat: Watched) ->
     expect(chat.answers.locator(".prose")).to_have_text("abc")
 
 
+# Bytes of a stream, cut at every place into two pieces, and in pieces of one; the events must always be the same.
+READ_EVENTS = """async (text) => {
+  const { events } = await import("/static/api.js");
+  const bytes = new TextEncoder().encode(text);
+  const read = async (pieces) => {
+    const found = [];
+    const start = (stream) => {
+      for (const piece of pieces) stream.enqueue(piece);
+      stream.close();
+    };
+    for await (const data of events(new ReadableStream({ start }))) found.push(data);
+    return JSON.stringify(found);
+  };
+  const found = new Set([await read(Array.from(bytes, (_, at) => bytes.slice(at, at + 1)))]);
+  for (let at = 0; at <= bytes.length; at += 1) found.add(await read([bytes.slice(0, at), bytes.slice(at)]));
+  return [...found].map(JSON.parse);
+}"""
+
+
+def test_events_are_the_same_however_the_bytes_are_cut(chat: Watched) -> None:
+    stream = (
+        "data: 一\r\ndata:👍🏽\r\n\r\n: ping\ndata: two\rdata: \r\r\n\nid: 1\ndata:  x\n\ndata: not whole\n"
+    )
+    assert chat.page.evaluate(READ_EVENTS, stream) == [["一\n👍🏽", "two\n", " x"]]
+
+
+def test_failed_stream_is_closed_by_the_page(chat: Watched) -> None:
+    chat.exchange("q", [b'data: {"error": {"message": "NaN in logits"}}\n\n', Wait()])
+    expect(chat.page.locator(".problem")).to_contain_text("NaN in logits")
+    assert wait_for(lambda: chat.script.disconnects == 1, chat)
+
+
 def test_stop_keeps_what_is_there_and_closes_the_connection(chat: Watched) -> None:
     chat.script.say("half", Wait(), " rest")
     chat.ask("q")

@@ -182,6 +182,7 @@ def test_settings_are_kept_the_system_prompt_with_its_chat(chat: Watched) -> Non
 
 def test_values_out_of_range_are_shown_and_not_sent(chat: Watched) -> None:
     chat.button("Settings").click()
+    chat.page.get_by_label("Temperature").fill("0.5")
     chat.page.get_by_label("Temperature").fill("3")
     expect(chat.page.get_by_text("Temperature: from 0 to 2")).to_be_visible()
     chat.page.get_by_label("Top k").fill("1.5")

@@ -206,12 +206,35 @@ def test_policy_stops_what_would_get_through(chat: Watched) -> None:
     chat.requests.clear()
 
 
-def test_long_and_twisted_texts_are_read_quickly_enough_to_stay_usable(shared: Watched) -> None:
-    """Texts that make a careless parser square or cube its work; a minute of freezing would be seen here."""
-    for piece in ("**a", "[", "](", "`" * 3, "> ", "- ", "_a ", "\\", "|-", "http://(", "<h", "~~~ ", "*_"):
-        text = piece * (40_000 // len(piece))
-        assert shown(shared, text)
-        assert shown(shared, "\n".join([piece] * 3000))
+# Pieces that make a careless parser search to the end of the text again at every step.
+TWISTED = ["**a", "*a", "[", "](", "`a``", "~~a ", "_a ", "\\", "<h", "*_", "[a](", "***a "]
+
+# How often the parser looks at the text, counted, for a text and for one four times as long.
+LOOKS = """async (piece) => {
+  const { parseInline } = await import("/static/inline.js");
+  return [500, 2000].map((times) => {
+    let looks = 0;
+    const get = (text, key) => {
+      looks += 1;
+      const value = text[key];
+      return typeof value === "function" ? value.bind(text) : value;
+    };
+    parseInline(new Proxy(new String(piece.repeat(times)), { get }));
+    return looks;
+  });
+}"""
+
+
+@pytest.mark.parametrize("piece", TWISTED)
+def test_work_grows_no_faster_than_the_text(shared: Watched, piece: str) -> None:
+    short, long = shared.page.evaluate(LOOKS, piece)
+    assert 500 <= short <= long < 4.5 * short
+
+
+@pytest.mark.parametrize("piece", [*TWISTED, "http://(", "> ", "- ", "|-", "~~~ ", "1. "])
+def test_long_and_twisted_texts_keep_their_letters(shared: Watched, piece: str) -> None:
+    assert shown(shared, piece * 3000)
+    assert shown(shared, "\n".join([piece] * 3000))
 
 
 def test_growing_text_keeps_the_elements_that_did_not_change(shared: Watched) -> None:

@@ -5,9 +5,7 @@ const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const ADDRESS = /https?:\/\/[^\s<>"'`，。；：！？、（）【】《》“”‘’]+/iy;
 const MARKERS = ["***", "**", "__", "~~", "*", "_"];
 const DEEPEST = 8;
-// Of a link, so that a row of brackets is not searched again and again.
-const LONGEST_LABEL = 1000;
-const LONGEST_TARGET = 2500;
+const LONGEST_TARGET = 2500; // of a link
 // (address "title"); the address may hold one level of brackets.
 const TARGET = /^\(\s*<?((?:[^\s<>()]|\([^\s<>()]*\))*)>?(?:\s+(?:"[^"\n]*"|'[^'\n]*'))?\s*\)/;
 const WORD = /[\p{L}\p{N}_]/u;
@@ -106,8 +104,9 @@ class Inline {
   link() {
     const { source } = this;
     const open = source[this.at] === "!" ? this.at + 1 : this.at;
-    const close = this.depth < DEEPEST ? closingBracket(source, open) : -1;
-    if (close < 0 || source[close + 1] !== "(") return false;
+    this.pairs ??= bracketPairs(source);
+    const close = this.depth < DEEPEST ? this.pairs.get(open) : undefined;
+    if (close === undefined || source[close + 1] !== "(") return false;
     const found = TARGET.exec(source.slice(close + 1, close + LONGEST_TARGET));
     const href = found && safeAddress(found[1]);
     if (!href) return false;
@@ -189,17 +188,16 @@ class Inline {
   }
 }
 
-function closingBracket(source, open) {
-  let depth = 0;
-  for (let at = open; at < Math.min(source.length, open + LONGEST_LABEL); at += 1) {
+// Where each square bracket closes, found in one pass.
+function bracketPairs(source) {
+  const pairs = new Map();
+  const open = [];
+  for (let at = 0; at < source.length; at += 1) {
     if (source[at] === "\\") at += 1;
-    else if (source[at] === "[") depth += 1;
-    else if (source[at] === "]") {
-      depth -= 1;
-      if (depth === 0) return at;
-    }
+    else if (source[at] === "[") open.push(at);
+    else if (source[at] === "]" && open.length) pairs.set(open.pop(), at);
   }
-  return -1;
+  return pairs;
 }
 
 // A link inside a link would be two targets for one click.
