@@ -206,6 +206,24 @@ def test_continued_message_and_echo(server: Script) -> None:
     assert fresh["choices"][0]["message"]["content"] == " is 42"
 
 
+def test_results_of_tools_are_not_echoed(server: Script) -> None:
+    server.lm.reply = " done\nFinal Answer: yes"
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "result"},
+    ]
+    assert server.chat(messages=messages, echo=True)["choices"][0]["message"]["content"] == "yes"
+
+
+def test_both_forms_of_the_answer_are_documented(server: Script) -> None:
+    paths = server.client.get("/openapi.json").json()["paths"]
+    for path in (CHAT, "/v1/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
+
+
 def test_prompt_without_an_open_turn(server: Script) -> None:
     server.chat(add_generation_prompt=False)
     assert server.lm.tokenizer.decode(server.asked[0][0]).endswith("hi<|im_end|>\n")
@@ -240,3 +258,9 @@ def test_cached_tokens_are_reported_and_salted(server: Script) -> None:
 
     assert cached() == 0 and cached() > 20
     assert cached(cache_salt="other") == 0 and cached(cache_salt="other") > 20
+
+
+def test_a_prompt_may_be_read_without_an_answer(server: Script) -> None:
+    body = server.chat(max_tokens=0)
+    assert body["choices"][0]["message"]["content"] == "" and body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 0

@@ -28,7 +28,7 @@ from research.qwen.serve.errors import JsonResponse
 from research.qwen.serve.logprobs import ShownTokens, TokenNames, prompt_entries
 from research.qwen.serve.protocol import ChatRequest
 from research.qwen.serve.sampling import refuse, sampling_params
-from research.qwen.serve.sse import DONE, EventStream, event, unless_gone
+from research.qwen.serve.sse import DONE, RESPONSES, EventStream, event, unless_gone
 from research.qwen.serve.state import ServerState
 
 router = APIRouter()
@@ -51,7 +51,7 @@ class ChatJob:
         return [self.choices() for _ in range(self.ask.params.n)]
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=RESPONSES)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
     state: ServerState = request.app.state.qwen

@@ -50,7 +50,9 @@ def chat_prompt(state: ServerState, body: ChatRequest) -> ChatPrompt:
         stop=tuple(dict.fromkeys((*(stop_texts(body.stop) or ()), *_stops(prompt)))),
         processors=_constraint(state, body, prompt),
         parser=(lambda: None) if prompt.plain else prompt.stream,
-        echo=messages[-1].content if body.echo and prompt.continued else "",
+        echo=messages[-1].content
+        if body.echo and prompt.continued and messages[-1].role == "assistant"
+        else "",
     )
 
 

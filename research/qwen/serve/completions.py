@@ -22,7 +22,7 @@ from research.qwen.serve.errors import ApiError, JsonResponse
 from research.qwen.serve.logprobs import TokenNames
 from research.qwen.serve.protocol import CompletionRequest
 from research.qwen.serve.sampling import refuse, sampling_params
-from research.qwen.serve.sse import DONE, EventStream, event, unless_gone
+from research.qwen.serve.sse import DONE, RESPONSES, EventStream, event, unless_gone
 from research.qwen.serve.state import ServerState
 from research.qwen.serve.structured import constraint_of
 
@@ -48,7 +48,7 @@ class CompletionJob:
         ]
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=RESPONSES)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continue one or several prompts."""
     state: ServerState = request.app.state.qwen

@@ -16,6 +16,17 @@ from research.qwen.serve.errors import ApiError, describe, json_bytes, to_api_er
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# For the OpenAPI document: what a route answers with, whole or streamed.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with stream its events",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
+}
+
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would gather the events otherwise
