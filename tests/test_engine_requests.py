@@ -172,3 +172,24 @@ def test_scores_and_embeddings_find_room_beside_running_streams(tokenizer):
     got += [delta.ids for delta in stream]
     assert [i for ids in got for i in ids] == want
     assert engine.requests.loop.counters.preemptions >= 1
+
+
+def test_a_choice_that_met_its_stop_string_computes_no_further(tokenizer):
+    engine, out = fake(tokenizer), []
+    scripts = [tokenizer.encode("aXbcdefg"), tokenizer.encode("abcdefgh")]
+    params = SamplingParams(max_new_tokens=8, n=2, stop=["X"])
+    engine.requests.open([1, 2], params, out.append, processors=lambda c: [Scripted(scripts[c])])
+    while engine.requests.loop.busy:
+        engine.requests.pump()
+    assert [text_of(d for d in out if d.index == i) for i in (0, 1)] == ["a", "abcdefgh"]
+    assert [len(chunks) for chunks in engine.lm.passes] == [2] * 2 + [1] * 6
+    assert engine.requests.loop.counters.generation_tokens == out[-1].usage.completion_tokens == 10
+
+
+def test_a_closed_stream_is_gone(tokenizer):
+    engine = fake(tokenizer)
+    stream = engine.stream([7] * 10, SEEDED)
+    next(stream)
+    stream.close()
+    assert not engine.requests.loop.busy and len(engine.requests) == 0
+    assert engine.requests.loop.pool.free_blocks == 64

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from research.qwen.answers import Sink, Stats, Ticket
 from research.qwen.decode.loop import Processors
+from research.qwen.decode.pace import Pace
 from research.qwen.decode.params import SamplingParams
 from research.qwen.engine import Engine
 from research.qwen.errors import BusyError, ClosedError, RequestError
@@ -70,8 +71,8 @@ class Scheduler:
 
     Args:
         max_queue: requests that may wait while others run; one more gets BusyError.
-        mixed_chunk: prompt tokens read in a step while other requests decode (see ``GenerationLoop``); None leaves
-            what the engine has.
+        mixed_chunk: prompt tokens read in a step while other requests decode (see ``GenerationLoop``); None measures
+            the steps and keeps those within ``stretch`` times a step that only decodes (``decode.pace``).
         warm_embeddings: run ``Engine.embed`` once before being ready: it may compile a graph of its own.
     """
 
@@ -80,15 +81,16 @@ class Scheduler:
         engine: Engine,
         *,
         max_queue: int = 256,
-        mixed_chunk: int | None = 32,
+        mixed_chunk: int | None = None,
+        stretch: float = 2.5,
         warm_embeddings: bool = True,
     ):
         if max_queue < 1:
             raise RequestError(f"max_queue must be at least 1, got {max_queue}")
         self.engine, self.max_queue, self.warm_embeddings = engine, max_queue, warm_embeddings
         self._requests, self._loop = engine.requests, engine.requests.loop
-        if mixed_chunk is not None:
-            self._loop.limit_mixed(mixed_chunk)
+        self._pace = Pace(stretch) if mixed_chunk is None else None
+        self._loop.limit_mixed(Pace(stretch).budget if mixed_chunk is None else mixed_chunk)
         self._state: State = "loading"
         self._failure: BaseException | None = None
         self._wake = threading.Condition()  # guards everything below
@@ -303,7 +305,10 @@ class Scheduler:
     def _step(self) -> None:
         begin, failed = time.monotonic(), self._loop.counters.failed_passes
         self._requests.pump()
-        self._seconds += time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        self._seconds += seconds
+        if self._pace is not None:
+            self._loop.limit_mixed(self._pace.note(*self._loop.last_step, seconds))
         self._failures = self._failures + 1 if self._loop.counters.failed_passes > failed else 0
         if self._failures >= FAILED_PASSES:
             raise RuntimeError(f"{FAILED_PASSES} passes failed one after the other")

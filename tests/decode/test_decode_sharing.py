@@ -221,6 +221,9 @@ def test_damaged_rows_end_their_request_and_are_not_found_again():
 def test_a_failed_pass_ends_those_in_it_and_the_others_go_on():
     lm = FakeLM()
     loop = GenerationLoop(lm, isolate=True, prefix_caching=True, max_batch=2)
+    loop.add([9, 2, 3, 4, 5], GREEDY)
+    run(loop)
+    assert loop.pool.known_blocks > 0
     keys = [loop.add([i, 2, 3, 4, 5], GREEDY) for i in (1, 2, 3)]
     lm.fail_at = 0
     events = loop.step()

@@ -137,6 +137,11 @@ class GenerationLoop:
         """Keys of the requests that the last step began to compute."""
         return self.schedule.started
 
+    @property
+    def last_step(self) -> tuple[int, int]:
+        """How many single tokens, and how many tokens of prompts, the last step computed."""
+        return self.schedule.decoded, self.schedule.read
+
     def limit_mixed(self, tokens: int) -> None:
         """Read at most so many prompt tokens in a step in which others decode."""
         if tokens < 1:

@@ -51,6 +51,7 @@ class Schedule:
         self.pool, self.block_size, self.limits = pool, block_size, limits
         self.counters = Counters()
         self.started: list[int] = []  # keys of the requests that the last step began to compute
+        self.decoded = self.read = 0  # single tokens, and tokens of prompts, in the last step
         self.waiting: deque[RunningSequence] = deque()
         self.running: list[RunningSequence] = []
 
@@ -98,6 +99,7 @@ class Schedule:
             self._catch_up(sequence)
         decoding = any(sequence.pending == 1 for sequence in self.running)
         budget = self.limits.mixed_chunk if decoding else self.limits.prefill_chunk
+        self.decoded = self.read = 0
         work: Work = []
         rows = SCORE_ROWS
         for place, sequence in enumerate(self.running):
@@ -106,6 +108,9 @@ class Schedule:
                 continue
             if count > 1 or sequence.pending > 1:
                 budget -= count
+                self.read += count
+            else:
+                self.decoded += 1
             wanted = sequence.rows_wanted(count)
             rows -= wanted if sequence.scoring else 0
             ids = sequence.ids[sequence.cached : sequence.cached + count]
