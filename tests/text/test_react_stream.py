@@ -68,7 +68,7 @@ def _joined(pieces: list[Piece]) -> tuple[str, list[tuple[str | None, str]]]:
     return "".join(piece for piece in pieces if isinstance(piece, str)), calls
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 200), max_size=8), st.sampled_from(["", "Thought:"]), st.booleans())
 def test_pieces_do_not_matter(text: str, cuts: list[int], prefix: str, parallel: bool) -> None:
     whole, reason = _run([text], prefix, parallel=parallel)
@@ -90,8 +90,11 @@ def test_every_split_of_known_answers(case: str) -> None:
 @settings(max_examples=400, deadline=None)
 @given(TEXTS)
 def test_calls_never_leak_into_content(text: str) -> None:
-    # Markers count at the start of a line, so each thought gets a first word.
-    content, calls = _joined(_run([f"Thought: {text}".replace("Thought:", "Thought: so")])[0])
+    # Markers count at the start of a line, so thoughts and answers get a first word.
+    worded = f"Thought: {text}".replace("Thought:", "Thought: so").replace(
+        "Final Answer:", "Final Answer: so"
+    )
+    content, calls = _joined(_run([worded])[0])
     shown = content.splitlines()
     if "Final Answer:" not in text:  # what stands in a final answer is for the reader
         assert not any(
@@ -166,6 +169,11 @@ def test_plain_text_with_a_broken_call_of_a_known_tool_does_not_show_it() -> Non
 
 def test_no_action_and_then_an_answer() -> None:
     assert parse_answer("Thought: a\nAction: None\nFinal Answer: b") == ("b", ())
+
+
+def test_a_line_after_an_action_keeps_its_indent() -> None:
+    text = "Thought: x\nAction:\n  a"
+    assert _joined(_run([text])[0]) == _joined(_run(list(text))[0]) == ("x\n  a", [])
 
 
 def test_several_calls_in_one_answer() -> None:

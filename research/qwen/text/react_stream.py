@@ -182,6 +182,8 @@ class ReactStream:
             self._state = _State.THOUGHT
         if self._state in (_State.PLAIN, _State.ANSWER) and self._name.strip() not in self._names:
             self._emit(ACTION + self._name)
+        elif self._state is _State.THOUGHT:
+            self._held += self._name.partition("\n")[2]  # white space of the next line
         if self._state is _State.INPUT:
             self._end()
 
