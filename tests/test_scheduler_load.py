@@ -130,3 +130,37 @@ def test_closing_under_load_tells_everybody():
         last = receiver.wait()[-1]
         assert isinstance(last, ClosedError) or last.usage is not None
     assert scheduler.stats().blocks_used == 0 and scheduler.state == "closed"
+
+
+def test_the_measured_pace_sets_what_is_read_beside_answers():
+    scheduler = Scheduler(make_engine(num_blocks=40))
+    noted = []
+
+    class ThreeTokens:
+        def note(self, decoding, reading, seconds):
+            noted.append((decoding, reading, seconds > 0))
+            return 3
+
+    scheduler._pace = ThreeTokens()
+    first, second = Receiver(), Receiver()
+    scheduler.submit([1, 2, 3], SamplingParams(max_new_tokens=30, ignore_eos=True), first)
+    scheduler.submit(SYSTEM, SamplingParams(max_new_tokens=1, ignore_eos=True), second)
+    scheduler.start()
+    first.wait()
+    second.wait()
+    scheduler.close()
+    assert noted[:2] == [(0, 16, True), (1, 3, True)], "13 of the second beside the first prompt, then 3"
+    assert scheduler._loop.schedule.limits.mixed_chunk == 3
+
+
+def test_who_waits_for_a_model_that_breaks_hears_of_it():
+    engine = make_engine(num_blocks=40)
+    engine.lm.fail_at = 0
+    scheduler = Scheduler(engine)
+    ready = []
+    waiting = threading.Thread(target=lambda: ready.append(scheduler.wait_ready(WAIT)))
+    waiting.start()
+    scheduler.start()
+    scheduler._thread.join(WAIT)
+    waiting.join(WAIT / 4)
+    assert ready == [False] and scheduler.state == "failed" and scheduler.drain(WAIT)

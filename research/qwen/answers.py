@@ -182,6 +182,7 @@ class Requests:
         self.loop, self.tokenizer, self.eos_ids = loop, tokenizer, tuple(eos_ids)
         self.lock = threading.RLock()
         self._requests: dict[int, Request] = {}
+        loop.schedule.on_start = self._note_start
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -216,7 +217,6 @@ class Requests:
     def pump(self) -> None:
         """One step of the shared loop; its events become deltas of their requests."""
         with self.lock:
-            begin = time.monotonic()
             try:
                 events = self.loop.step()
             except BaseException as error:
@@ -225,9 +225,6 @@ class Requests:
                 for request in failed:
                     request.fail(error)
                 raise
-            for key in self.loop.started:
-                if key in self._requests:
-                    self._requests[key].started_at = begin
             for event in events:
                 self._route(event)
 
@@ -236,6 +233,11 @@ class Requests:
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a vocabulary; use stop_token_ids")
         return self.loop.check(prompt_ids, params)
+
+    def _note_start(self, key: int) -> None:
+        request = self._requests.get(key)
+        if request is not None:
+            request.started_at = time.monotonic()
 
     def _route(self, event: Event) -> None:
         request = self._requests.get(event.key)

@@ -82,7 +82,7 @@ class Scheduler:
         *,
         max_queue: int = 256,
         mixed_chunk: int | None = None,
-        stretch: float = 2.5,
+        stretch: float = 2.0,
         warm_embeddings: bool = True,
     ):
         if max_queue < 1:
@@ -384,6 +384,7 @@ class Scheduler:
             tickets, calls = list(self._tickets.values()), list(self._calls)
             self._calls.clear()
             self._orders.clear()
+            self._wake.notify_all()
         for ticket in tickets:
             if ticket.request is not None:
                 self._requests.close(ticket.request)

@@ -133,11 +133,6 @@ class GenerationLoop:
         return self.schedule.counters
 
     @property
-    def started(self) -> list[int]:
-        """Keys of the requests that the last step began to compute."""
-        return self.schedule.started
-
-    @property
     def last_step(self) -> tuple[int, int]:
         """How many single tokens, and how many tokens of prompts, the last step computed."""
         return self.schedule.decoded, self.schedule.read

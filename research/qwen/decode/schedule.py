@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from research.qwen.decode.blocks import BlockPool
@@ -50,7 +50,7 @@ class Schedule:
     def __init__(self, pool: BlockPool, block_size: int, limits: Limits):
         self.pool, self.block_size, self.limits = pool, block_size, limits
         self.counters = Counters()
-        self.started: list[int] = []  # keys of the requests that the last step began to compute
+        self.on_start: Callable[[int], None] | None = None  # hears the key of a request that begins to run
         self.decoded = self.read = 0  # single tokens, and tokens of prompts, in the last step
         self.waiting: deque[RunningSequence] = deque()
         self.running: list[RunningSequence] = []
@@ -91,7 +91,6 @@ class Schedule:
     def plan(self) -> Work:
         """Admit who can be; then the chunks of the next step: every decoding sequence, and prompts as far as the
         budget goes."""
-        self.started = []
         self._admit()
         for sequence in list(self.running):
             self._grow(sequence)
@@ -155,7 +154,8 @@ class Schedule:
             self.counters.prefix_queries += sequence.prompt_length
         if sequence.choice == 0:
             self.counters.prompt_tokens += sequence.prompt_length
-            self.started.append(sequence.key)
+            if self.on_start is not None:
+                self.on_start(sequence.key)
 
     def _reusable(self, sequence: RunningSequence) -> list[bytes]:
         """Hashes of the blocks a sequence may take from the cache: the last id at least is computed."""
