@@ -19,6 +19,7 @@ from research.qwen.errors import BusyError, ClosedError, QwenError, RequestError
 from research.qwen.messages import Message
 from tests.cli.sse_server import DONE, Reply, Script, answer, chunk, error, scripted_server
 from tests.cli.test_chat import Terminal
+from tests.cli.test_interrupt import Terminal as RealTerminal
 
 ANSWER = "你好！😀 fine."
 
@@ -274,3 +275,24 @@ def test_nothing_of_a_model_is_imported(repository: Path):
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60
     )
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat():
+    script = Script([Reply([chunk("half")], hold=True), answer("whole")])
+    with scripted_server(script) as url:
+        terminal = RealTerminal("chat", "--url", url)
+        try:
+            terminal.until("> ")
+            terminal.send(b"one\n")
+            terminal.until("half")
+            terminal.send(b"\x03")
+            shown = terminal.until("[stopped]")
+            assert script.client_left.wait(10)
+            if "> " not in shown.partition("[stopped]")[2]:  # the prompt may have come with it
+                terminal.until("> ")
+            terminal.send(b"two\n")
+            terminal.until("whole")
+            terminal.send(b"/exit\n")
+            assert terminal.exit_code() == 0
+        finally:
+            terminal.kill()
