@@ -1,4 +1,4 @@
-"""A fake server that is shared by the tests that do not change it."""
+"""Servers that are shared by the tests that do not change them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from research.qwen.serve.app import create_app
 from research.qwen.serve.state import ServerState
+from tests.serve.processes import server_process
 from tests.serve.running import fake_engine, running_state, serve_app
 
 
@@ -31,3 +32,10 @@ def client(fake_url: str) -> Iterator[httpx.Client]:
     """An HTTP client of that server."""
     with httpx.Client(base_url=fake_url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[str]:
+    """Base URL of the command ``serve`` with the demo model, in a process of its own; loaded once for all clients."""
+    with server_process("research.qwen.cli serve", "--log-level", "warning") as server:
+        yield server.ready()
