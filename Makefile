@@ -10,7 +10,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
 DEMO_DIR := runs/demo
 DEMO_PROMPT := 比较适合深度学习入门的书籍有
-PYTHON_SOURCES := research scripts tests setup.py $(wildcard convert_weight.py run_qwen_7b.py)
+PYTHON_SOURCES := research scripts tests examples docker setup.py $(wildcard convert_weight.py run_qwen_7b.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,13 +31,13 @@ demo: $(RUN_STAMP) ## install, convert the embedded demo model, ask it one quest
 test: lint ## everything: lint, types, layers, all tests
 	$(PY) -m pytest
 
-test-fast: $(TEST_STAMP) ## the tests that import neither MindSpore nor PyTorch
-	$(PY) -m pytest -m "not mindspore and not torch"
+test-fast: $(TEST_STAMP) ## the quick tests, without MindSpore, PyTorch and a browser
+	$(PY) -m pytest -m "not mindspore and not torch and not browser and not slow" -n 2 --dist loadfile
 
 lint: $(TEST_STAMP) ## ruff, format, mypy, layers
 	$(PY) -m ruff check $(PYTHON_SOURCES)
 	$(PY) -m ruff format --check $(PYTHON_SOURCES)
-	$(PY) -m mypy research scripts
+	$(PY) -m mypy research scripts examples/react
 	$(PY) scripts/check_layers.py
 
 fix: $(TEST_STAMP) ## what ruff can mend by itself

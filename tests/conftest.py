@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"^pytestmark\b.*\bmark\.mindspore\b", re.MULTILINE)
+MARKED = re.compile(r"^pytestmark\b.*\bmark\.(mindspore|browser|slow)\b", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With -m "not mindspore", do not even import the files that would be deselected as a whole.
+    """In the fast run (-m "not mindspore ..."), do not even import the files that would be deselected as a whole.
 
     Importing them costs the seconds that the fast run is meant to save, and fails where MindSpore is absent.
     """

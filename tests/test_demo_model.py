@@ -233,6 +233,7 @@ def test_other_spellings_get_the_same_answer() -> None:
         assert_chat_gives([], question, SYSTEM, answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 5, 9, 15, 19])
 def test_conversations_up_to_twice_seq_length_stay_right(first: int) -> None:
     history: Turns = []

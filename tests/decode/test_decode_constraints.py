@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import threading
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -17,6 +18,8 @@ from research.qwen.decode.params import SamplingParams
 from research.qwen.decode.sampling import Sampler
 from research.qwen.demo import demo_folder
 from research.qwen.errors import RequestError
+from research.qwen.text.react_grammar import named_grammar
+from research.qwen.text.react_tools import tools_from
 from research.qwen.text.tokenizer import QwenTokenizer
 from tests.fakes import FakeLM
 
@@ -131,6 +134,16 @@ def test_json_may_be_indented_but_not_filled_with_blanks():
     assert fits(COMPILER.json_object(), '{\r\n\t"a" : 1\r\n}')
     for filled in ('{\n\n"a":1}', '{  "a":1}', '{"a":' + "\n" + " " * 33 + "1}", '{"a":1} '):
         assert not fits(COMPILER.json_object(), filled)
+
+
+def test_the_arguments_of_a_call_are_one_line():
+    [tool] = tools_from([{"type": "function", "function": {"name": "f", "parameters": POINT}}], None)
+    hostile = replace(tool, parameters={**tool.parameters, "x-guidance": {"whitespace_pattern": r"\s*"}})
+    for grammar in (named_grammar(tool), named_grammar(hostile)):
+        assert fits(COMPILER.lark(grammar), ' {"x": 1, "name": "a"}')
+        assert fits(COMPILER.lark(grammar), ' {"x":1,"name":"a"}')
+        for filled in ('{\n"x":1,"name":"a"}', '{"x":  1,"name":"a"}', '{"x":1,\n  "name":"a"}'):
+            assert not fits(COMPILER.lark(grammar), f" {filled}")
 
 
 @pytest.mark.parametrize("pattern", [r"[a-c]{1,4}\d", "(你|好){2,3}", r"a/b\n[/\"]?", "😀+x|龘", r"\w{3}"])

@@ -99,6 +99,8 @@ print(os.listdir("/tmp"), os.getpid(), sorted(k for k in os.environ if k.startsw
 def test_a_namespace_in_the_namespace_uncovers_nothing() -> None:
     code = """
 import ctypes, os
+
+pytestmark = pytest.mark.slow
 c = ctypes.CDLL(None)
 c.unshare(0x10000000 | 0x20000)  # a user namespace of its own, if it gets one
 print([c.umount2(p, 2) for p in (b"/run", b"/proc", b"/tmp")], c.mount(b"none", b"/", None, 32 | 0x1000, None))

@@ -11,6 +11,8 @@ from research.qwen.errors import ConfigError
 from research.qwen.serve.lifecycle import listen
 from tests.serve.processes import INT, TERM, ServerProcess, Streaming, server_process
 
+pytestmark = pytest.mark.slow
+
 FAKE = "tests.serve.fake_server"
 
 

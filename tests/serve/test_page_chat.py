@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.serve.page_browser import OpenPage, Watched
 from tests.serve.page_server import Break, Wait, call
 
 pytest_plugins = ["tests.serve.page_fixtures"]
+pytestmark = pytest.mark.browser
 
 
 def test_question_is_streamed_and_the_request_is_plain(chat: Watched) -> None:

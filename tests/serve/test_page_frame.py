@@ -14,6 +14,7 @@ from tests.serve.page_browser import OpenPage, Watched
 from tests.serve.page_server import Wait
 
 pytest_plugins = ["tests.serve.page_fixtures"]
+pytestmark = pytest.mark.browser
 
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
 

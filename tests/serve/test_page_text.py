@@ -9,6 +9,7 @@ from tests.serve.page_browser import OpenPage, Watched
 from tests.serve.page_server import call
 
 pytest_plugins = ["tests.serve.page_fixtures"]
+pytestmark = pytest.mark.browser
 
 # Elements with the attributes that matter and text in brackets: short, and exact.
 OUTLINE = """
