@@ -137,13 +137,14 @@ def test_json_may_be_indented_but_not_filled_with_blanks():
 
 
 def test_the_arguments_of_a_call_are_one_line():
-    [tool] = tools_from([{"type": "function", "function": {"name": "f", "parameters": POINT}}], None)
-    hostile = replace(tool, parameters={**tool.parameters, "x-guidance": {"whitespace_pattern": r"\s*"}})
+    numbers = {"type": "object", "additionalProperties": {"type": "integer"}}
+    [tool] = tools_from([{"type": "function", "function": {"name": "f", "parameters": numbers}}], None)
+    hostile = replace(tool, parameters={**numbers, "x-guidance": {"whitespace_pattern": r"\s*"}})
     for grammar in (named_grammar(tool), named_grammar(hostile)):
-        assert fits(COMPILER.lark(grammar), ' {"x": 1, "name": "a"}')
-        assert fits(COMPILER.lark(grammar), ' {"x":1,"name":"a"}')
-        for filled in ('{\n"x":1,"name":"a"}', '{"x":  1,"name":"a"}', '{"x":1,\n  "name":"a"}'):
-            assert not fits(COMPILER.lark(grammar), f" {filled}")
+        for text in ('{"x": 1, "y": 2}', '{"x":1,"y":2}', "{ }"):
+            assert fits(COMPILER.lark(grammar), f" {text}")
+        for text in ('{\n"x":1}', '{"x":  1}', '{"x":1,\n  "y":2}', "{}\n"):
+            assert not fits(COMPILER.lark(grammar), f" {text}")
 
 
 @pytest.mark.parametrize("pattern", [r"[a-c]{1,4}\d", "(你|好){2,3}", r"a/b\n[/\"]?", "😀+x|龘", r"\w{3}"])

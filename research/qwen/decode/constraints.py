@@ -151,7 +151,7 @@ class ConstraintCompiler:
         )
 
     def _inline(self, grammar: str, place: str) -> str:
-        """The grammar with its JSON schemas checked, each with the bound on white space."""
+        """The grammar with its JSON schemas checked, each with a bound on white space: the grammar's own, or ours."""
         pieces, end, number = [], 0, 0
         while (found := _INLINE_JSON.search(grammar, end)) is not None:
             pieces.append(grammar[end : found.end()])
@@ -164,7 +164,7 @@ class ConstraintCompiler:
             number += 1
             self.json_schema(schema, place=where)
             if isinstance(schema, dict):
-                schema = {**schema, "x-guidance": dict(_JSON_OPTIONS)}
+                schema = {"x-guidance": dict(_JSON_OPTIONS), **schema}
             pieces.append(json.dumps(schema))
         return "".join(pieces) + grammar[end:]
 
