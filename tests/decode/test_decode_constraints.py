@@ -137,14 +137,16 @@ def test_json_may_be_indented_but_not_filled_with_blanks():
 
 
 def test_the_arguments_of_a_call_are_one_line():
-    numbers = {"type": "object", "additionalProperties": {"type": "integer"}}
-    [tool] = tools_from([{"type": "function", "function": {"name": "f", "parameters": numbers}}], None)
-    hostile = replace(tool, parameters={**numbers, "x-guidance": {"whitespace_pattern": r"\s*"}})
+    [tool] = tools_from([{"type": "function", "function": {"name": "f", "parameters": POINT}}], None)
+    hostile = replace(tool, parameters={**tool.parameters, "x-guidance": {"whitespace_pattern": r"\n"}})
+    spaced = False
     for grammar in (named_grammar(tool), named_grammar(hostile)):
-        for text in ('{"x": 1, "y": 2}', '{"x":1,"y":2}', "{ }"):
-            assert fits(COMPILER.lark(grammar), f" {text}")
-        for text in ('{\n"x":1}', '{"x":  1}', '{"x":1,\n  "y":2}', "{}\n"):
-            assert not fits(COMPILER.lark(grammar), f" {text}")
+        for seed in range(12):
+            text, ended = answer(COMPILER.lark(grammar), seed)
+            assert ended and b"\n" not in text
+            assert set(json.loads(text)) == {"x", "name"}
+            spaced |= re.search(rb'"x" :|: "', text) is not None
+    assert spaced
 
 
 @pytest.mark.parametrize("pattern", [r"[a-c]{1,4}\d", "(你|好){2,3}", r"a/b\n[/\"]?", "😀+x|龘", r"\w{3}"])

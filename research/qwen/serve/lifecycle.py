@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from research.qwen.engine import Engine
-from research.qwen.errors import ConfigError, KernelError
+from research.qwen.errors import ConfigError, KernelError, RequestError
 from research.qwen.scheduler import Scheduler
 from research.qwen.serve.app import create_app
 from research.qwen.serve.errors import describe
 from research.qwen.serve.state import ServerState
+from research.qwen.serve.structured import compiler_of
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Service:
             self._scheduler = scheduler
             self.state.attach(engine, scheduler)
             scheduler.start()
+            self._warm_grammars(engine)
             if not scheduler.wait_ready() and scheduler.state == "failed":
                 raise KernelError("the model failed in its first run; the log says where")
         except BaseException as error:
@@ -146,6 +148,12 @@ class Service:
             return
         if self.state.phase == "ready":
             self.ready()
+
+    @staticmethod
+    def _warm_grammars(engine: Engine) -> None:
+        """Read the vocabulary for structured answers now: the first of them would wait most of a second for it."""
+        with contextlib.suppress(RequestError):  # no vocabulary, or no package: such a request says so
+            compiler_of(engine).warm()
 
     def _drain(self) -> None:
         """Let requests finish within the grace time, then end the model thread."""

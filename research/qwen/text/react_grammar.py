@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from research.qwen.text.react_tools import Tool
 
 # Calls are one line: with free white space a model may put blanks into its JSON until it runs out of tokens.
-_ONE_LINE = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
+_ONE_LINE = {"whitespace_flexible": True, "whitespace_pattern": r"\x20"}
 MAX_THOUGHT = 400  # characters: a model that is made to call a tool must get to it
 
 
