@@ -67,7 +67,9 @@ def test_invoke(chat: ChatOpenAI) -> None:
 
 
 def test_the_renamed_length_is_obeyed(options: dict[str, Any]) -> None:
-    chat = ChatOpenAI(**options, temperature=0, max_tokens=2)  # goes out as max_completion_tokens
+    chat = ChatOpenAI(
+        **options, temperature=0, max_completion_tokens=2
+    )  # its name for max_tokens on the wire
     answer = chat.invoke("请背诵《静夜思》")
     assert answer.response_metadata["finish_reason"] == "length"
     assert answer.usage_metadata is not None and answer.usage_metadata["output_tokens"] == 2
@@ -96,10 +98,10 @@ def test_asynchronous_streams_at_once(chat: ChatOpenAI) -> None:
     async def said(question: str) -> str:
         return "".join([str(chunk.content) async for chunk in chat.astream(question)])
 
-    async def both() -> list[str]:
+    async def both() -> tuple[str, str]:
         return await asyncio.gather(said(FACES[0]), said(CAPITAL[0]))
 
-    assert asyncio.run(both()) == [FACES[1], CAPITAL[1]]
+    assert asyncio.run(both()) == (FACES[1], CAPITAL[1])
 
 
 def test_logprobs(options: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def test_streamed_tool_calls(chat: ChatOpenAI) -> None:
     assert len(pieces) > 2 and {piece["index"] for piece in pieces} == {0}
     assert [piece["name"] for piece in pieces if piece["name"]] in (["Weather"], ["Clock"])
     [call] = gathered(chunks).tool_calls
-    {"Weather": Weather, "Clock": Clock}[call["name"]].model_validate(call["args"])
+    (Weather if call["name"] == "Weather" else Clock).model_validate(call["args"])
     assert call["id"] and call["args"] == json.loads("".join(piece["args"] or "" for piece in pieces))
 
 
