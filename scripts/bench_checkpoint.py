@@ -62,8 +62,11 @@ def _python(*command: str | Path) -> None:
     subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
-def write_random(folder: Path, config: QwenConfig, dtype: str) -> None:
-    """A Hugging Face folder with normal random weights that bfloat16 holds exactly; norms are ones."""
+def write_random(folder: Path, config: QwenConfig, dtype: str, embedding: float | None = None) -> None:
+    """A Hugging Face folder with normal random weights that bfloat16 holds exactly; norms are ones.
+
+    ``embedding``: standard deviation of the embeddings, if not that of the other weights.
+    """
     if (folder / "model.safetensors").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +75,13 @@ def write_random(folder: Path, config: QwenConfig, dtype: str) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     # As the published code initialises: what is added to the residual stream is scaled by the number of additions.
     added = 1 / np.sqrt(2 * config.num_layers)
-    tensors = [
-        random_tensor(name, shape, dtype, SPREAD * (added if "c_proj" in name else 1))
-        for name, shape in expected(config).items()
-    ]
+
+    def spread(name: str) -> float:
+        if ".wte." in name and embedding is not None:
+            return embedding
+        return SPREAD * (added if "c_proj" in name else 1)
+
+    tensors = [random_tensor(name, shape, dtype, spread(name)) for name, shape in expected(config).items()]
     partial = folder / "model.safetensors.partial"
     with partial.open("wb") as stream:
         write_safetensors(stream, tensors, {"format": "pt"}, lambda count: None)

@@ -2,7 +2,9 @@
 
     python scripts/bench_error.py --size 1.8b --dtypes bfloat16,int8,int4 --json error.json
 
-Random weights of the shape are made on the spot, or kept in --work. Each format is loaded in turn. bfloat16 and int8
+Random weights of the shape are made on the spot, or kept in --work, as the published code initialises them. There the
+embeddings are small, so that 24 layers of noise decide the logits; --embedding-spread 1 is nearer to trained weights,
+whose embeddings outweigh what one layer adds. Each format is loaded in turn. bfloat16 and int8
 are compared with the stored weights in float32; int4 with its own weights dequantised to float32 (exact activations,
 float32 cache), so that the figure is the error of the kernels and not of the rounding of random weights.
 """
@@ -33,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="fewer layers than published")
     parser.add_argument("--dtypes", default="bfloat16,int8,int4,int4-g64,int4-asym")
     parser.add_argument("--kv", default="bfloat16", help="cache format beside them (default bfloat16)")
+    parser.add_argument("--activations", help="beside integer weights (default: as the engine chooses)")
+    parser.add_argument(
+        "--embedding-spread", type=float, help="standard deviation of random embeddings (0.02)"
+    )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--model", type=Path, help="a checkpoint of yours instead of random weights")
     parser.add_argument("--work", type=Path, help="folder for the checkpoint (default: a temporary one)")
@@ -62,8 +68,10 @@ def checkpoint(args: argparse.Namespace, work: Path) -> Path:
     config = SIZES[args.size]
     if args.layers:
         config = with_changes(config, num_layers=args.layers)
-    write_random(work / STORED, config, "bfloat16")
-    return work / STORED
+    spread = args.embedding_spread
+    folder = work / (STORED if spread is None else f"{STORED}-{spread:g}")
+    write_random(folder, config, "bfloat16", spread)
+    return folder
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -74,10 +82,11 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         truth = exact
         if dtype.startswith("int4"):
             truth = logits(args, folder, dtype=dtype, activations="float32", kv_dtype="float32")
-        got = logits(args, folder, dtype=dtype, kv_dtype=args.kv)
+        got = logits(args, folder, dtype=dtype, kv_dtype=args.kv, activations=args.activations)
         figures[dtype] = {**cosines(got, truth), "max_abs": float(np.abs(got - truth).max())}
         print(f"{dtype}: {figures[dtype]}", file=sys.stderr)
-    return {"model": folder.name, "tokens": args.tokens, "kv": args.kv, "formats": figures}
+    chosen = {"kv": args.kv, "activations": args.activations or "auto"}
+    return {"model": folder.name, "tokens": args.tokens, **chosen, "formats": figures}
 
 
 def logits(args: argparse.Namespace, folder: Path, **options: Any) -> NDArray[np.float32]:

@@ -183,8 +183,8 @@ class CpuKernels:
         packed = packing(fmt)
         if packed is None:
             return Linear(self._library, n_in, n_out, bias, fmt)
-        # With one scale a row, sums in 16 bits need no rescaling on the way and are as fast as sums in 8.
-        wide = self._activations == "int16" or (self._activations == "auto" and not packed.scheme.group)
+        # Who takes 8 bits for the weights wants accuracy, which 8 bits beside them would halve.
+        wide = self._activations == "int16" or (self._activations == "auto" and packed.scheme.bits == 8)
         return PackedLinear(self._library, n_in, n_out, bias, packed, self._exact, wide)
 
     def embedding(self, rows: int, dim: int, fmt: str) -> Embedding | PackedEmbedding:

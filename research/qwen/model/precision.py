@@ -26,7 +26,7 @@ class Precision:
             too). On ascend the dtype of the computation, float16 or bfloat16.
         lm_head, embedding: of these two matrices, where they differ.
         kv: of the cache: bfloat16 (default on cpu), float32, int8.
-        activations: what integer weights are multiplied with on cpu: auto (default: int16 with int8 weights and in
+        activations: what integer weights are multiplied with on cpu: auto (default: int16 with 8-bit weights and in
             front of the last matrix of a layer, else int8), int8, int16, or float32.
     """
 
