@@ -37,10 +37,37 @@ def test_it_follows_the_number_of_answers():
     settle(pace, 16, 0.12, 0.002)
     assert pace.budget == 90
     pace.note(1, 0, 0.03)
-    assert pace.budget < 30
+    assert pace.budget == 16, "another prompt begins small: what lies before it in the cache is not known"
     assert settle(pace, 2, 0.03, 0.002) <= 2.5
-    pace.note(16, 0, 0.12)
-    assert pace.budget > 80
+    assert settle(pace, 16, 0.12, 0.002) <= 2.5
+    assert pace.budget == 90
+
+
+def test_the_budget_grows_in_steps():
+    pace = Pace(2.5)
+    pace.note(4, 0, 0.1)
+    assert [pace.note(4, pace.budget, 0.1) for _ in range(4)] == [24, 36, 54, 81]
+
+
+def test_one_disturbed_step_changes_nothing():
+    pace = Pace(2.5)
+    settle(pace, 4, 0.06, 0.001)
+    assert pace.note(4, 90, 9.0) == pace.note(4, 90, 0.0) == 90
+    plain = Pace(2.5)
+    for seconds in (0.06, 0.06, 9.0, 0.06):
+        plain.note(4, 0, seconds)
+    assert settle(plain, 4, 0.06, 0.001) <= 2.5
+
+
+def test_a_chunk_with_a_price_of_its_own_stays_within_the_stretch():
+    pace = Pace(2.5)
+    pace.note(4, 0, 0.05)
+    spent = 0.0
+    for place in range(200):
+        spent = 0.05 + 0.0002 * place + 0.001 * pace.budget
+        pace.note(4, pace.budget, spent)
+        assert spent <= 2.5 * 0.05 + 0.002
+    assert spent > 2.3 * 0.05
 
 
 def test_a_step_without_decoding_says_nothing():
