@@ -24,11 +24,10 @@ from research.qwen.serve.chat_choice import (
     message_of,
 )
 from research.qwen.serve.chat_prompt import ChatPrompt, chat_prompt
-from research.qwen.serve.errors import JsonResponse
 from research.qwen.serve.logprobs import ShownTokens, TokenNames, prompt_entries
 from research.qwen.serve.protocol import ChatRequest
 from research.qwen.serve.sampling import refuse, sampling_params
-from research.qwen.serve.sse import DONE, RESPONSES, EventStream, event, unless_gone
+from research.qwen.serve.sse import DONE, RESPONSES, event, respond
 from research.qwen.serve.state import ServerState
 
 router = APIRouter()
@@ -59,13 +58,8 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     state.check_ready()
     job = await run_in_threadpool(prepare, state, body, model)
     answers = Answers(state, [job.ask])
-    end = partial(answers.end, request)
-    if body.stream:
-        return EventStream(_events(job, answers), end, state.settings.ping_seconds)
-    try:
-        return JsonResponse(await unless_gone(request, _whole(job, answers)))
-    finally:
-        end()
+    form = partial(_events if body.stream else _whole, job, answers)
+    return await respond(request, form(), partial(answers.end, request), state.settings.ping_seconds)
 
 
 # ---- before ----

@@ -18,11 +18,11 @@ from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import PromptError
 from research.qwen.serve.answer import Answers, Ask, StreamUsage, truncated, usage_body
 from research.qwen.serve.completion_choice import CompletionChoice, CompletionOptions, best, choice_of
-from research.qwen.serve.errors import ApiError, JsonResponse
+from research.qwen.serve.errors import ApiError
 from research.qwen.serve.logprobs import TokenNames
 from research.qwen.serve.protocol import CompletionRequest
 from research.qwen.serve.sampling import refuse, sampling_params
-from research.qwen.serve.sse import DONE, RESPONSES, EventStream, event, unless_gone
+from research.qwen.serve.sse import DONE, RESPONSES, event, respond
 from research.qwen.serve.state import ServerState
 from research.qwen.serve.structured import constraint_of
 
@@ -56,13 +56,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     state.check_ready()
     job = await run_in_threadpool(prepare, state, body, model)
     answers = Answers(state, job.asks)
-    end = partial(answers.end, request)
-    if body.stream:
-        return EventStream(_events(job, answers), end, state.settings.ping_seconds)
-    try:
-        return JsonResponse(await unless_gone(request, _whole(job, answers)))
-    finally:
-        end()
+    form = partial(_events if body.stream else _whole, job, answers)
+    return await respond(request, form(), partial(answers.end, request), state.settings.ping_seconds)
 
 
 # ---- before ----

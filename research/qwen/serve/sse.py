@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from research.qwen.serve.errors import ApiError, describe, json_bytes, to_api_error
+from research.qwen.serve.errors import ApiError, JsonResponse, describe, json_bytes, to_api_error
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -102,6 +102,21 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     finally:
         await _cancel(task, gone)
+
+
+async def respond(
+    request: Request,
+    answer: AsyncIterator[bytes] | Coroutine[Any, Any, dict[str, Any]],
+    end: Callable[[], None],
+    ping_seconds: float,
+) -> Response:
+    """The response to a request: events as they come, or the whole body once it is there; ``end`` is called after."""
+    if isinstance(answer, AsyncIterator):
+        return EventStream(answer, end, ping_seconds)
+    try:
+        return JsonResponse(await unless_gone(request, answer))
+    finally:
+        end()
 
 
 def _body(content: bytes, more: bool = True) -> dict[str, Any]:
