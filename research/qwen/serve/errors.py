@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from research.qwen.errors import BusyError, ClosedError, QwenError
@@ -82,7 +82,7 @@ class ApiError(HTTPException):
         return {"error": detail}
 
 
-class JsonResponse(Response):
+class JsonResponse(JSONResponse):
     """JSON in UTF-8; a lone surrogate in a text becomes ``?`` instead of failing."""
 
     media_type = "application/json"
