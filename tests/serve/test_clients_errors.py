@@ -21,6 +21,8 @@ from tests.serve.scripted import Script, scripted_server
 from tests.serve.test_http_limits import Blocked
 from tests.serve.test_stream import eventually
 
+pytestmark = pytest.mark.slow
+
 WISH: Any = {"model": "qwen", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
 
 

@@ -74,7 +74,7 @@ def test_every_operation(operations: list[Any], mode: GenerationMode) -> None:
 
     for operation in operations:
         if mode is GenerationMode.POSITIVE or operation.body:
-            fuzzed: Any = given(operation.as_strategy(generation_mode=mode))(run)
-            BOUNDED(fuzzed)()
+            decorate: Any = given(operation.as_strategy(generation_mode=mode))
+            BOUNDED(decorate(run))()
     assert {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings"} <= set(asked)
     assert sum(asked.values()) > 100
