@@ -150,6 +150,22 @@ def check_choices_seed_and_stop(url: str) -> None:
     assert cut.finish_reason == "length" and expected.startswith(cut.message.content or "?")
 
 
+def check_seeds_alone_and_in_company(url: str) -> None:
+    """What else the model computes at the same time changes neither a text nor a single logprob."""
+    wishes = [
+        asked(question, seed=seed, temperature=1.8, top_p=1, max_tokens=20, logprobs=True, top_logprobs=2)
+        for seed, question in enumerate(("hm", "你好", "tell me more", "再说一遍", "hm", "深度学习" * 20))
+    ]
+
+    async def work(client: AsyncOpenAI) -> Any:
+        return await asyncio.gather(*[client.chat.completions.create(**wish) for wish in wishes])
+
+    together = [answer.choices[0] for answer in running(url, work)]
+    alone = [client(url).chat.completions.create(**wish).choices[0] for wish in wishes]
+    assert [choice.to_dict() for choice in together] == [choice.to_dict() for choice in alone]
+    assert len({choice.message.content for choice in alone}) == len(wishes)
+
+
 def check_chat_logprobs(url: str) -> None:
     question, expected = FACES
     answer = client(url).chat.completions.create(**asked(question, logprobs=True, top_logprobs=3))
