@@ -55,7 +55,11 @@ def test_names_that_dashboards_ask_for(client: httpx.Client) -> None:
         for name in [*plain, *(f"{histogram}_bucket" for histogram in HISTOGRAMS)]:
             assert prefix + name in names
     assert "vllm:inter_token_latency_seconds_count" in names
-    for name in "prompt_tokens_total prompt_seconds_total tokens_predicted_total requests_processing".split():
+    llama = (
+        "prompt_tokens_total prompt_seconds_total tokens_predicted_total predicted_tokens_seconds "
+        "requests_processing requests_deferred n_decode_total n_busy_slots_per_decode"
+    ).split()
+    for name in llama:
         assert f"llamacpp:{name}" in names
     assert not [name for name in names if name.endswith("_created")]
     assert "# TYPE vllm:prompt_tokens_total counter" in response.text
