@@ -98,8 +98,8 @@ def test_asynchronous_streams_at_once(chat: ChatOpenAI) -> None:
     async def said(question: str) -> str:
         return "".join([str(chunk.content) async for chunk in chat.astream(question)])
 
-    async def both() -> tuple[str, str]:
-        return await asyncio.gather(said(FACES[0]), said(CAPITAL[0]))
+    async def both() -> tuple[str, ...]:
+        return tuple(await asyncio.gather(said(FACES[0]), said(CAPITAL[0])))
 
     assert asyncio.run(both()) == (FACES[1], CAPITAL[1])
 
