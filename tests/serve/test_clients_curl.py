@@ -15,10 +15,8 @@ import pytest
 
 from tests.serve.clients_openai import CAPITAL, FACES, MODEL
 
-pytestmark = [
-    pytest.mark.mindspore,
-    pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine"),
-]
+HAS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
+pytestmark = [pytest.mark.mindspore, HAS_CURL]
 POEM = ("请背诵《静夜思》", "静夜思（李白）\n床前明月光，疑是地上霜。\n举头望明月，低头思故乡。")
 JSON = ["-H", "Content-Type: application/json"]
 
