@@ -154,6 +154,7 @@ class Bench:
             "plain_step_s": step,
             "worst_plain_gap_steps": max(calm) / step,
             "median_gap_steps": statistics.median(pressed) / step,
+            "p99_gap_steps": sorted(pressed)[int(0.99 * len(pressed))] / step,
             "worst_gap_steps": max(pressed) / step,
             "chunks": len(pressed) / len(running),
             "first_token_s": late.first,
