@@ -14,6 +14,8 @@ from examples.react.run import build_parser
 from examples.react.toolbox import Toolbox, ToolError
 from research.qwen.messages import ToolCall
 
+pytestmark = pytest.mark.slow
+
 
 def _isolates() -> bool:
     try:
@@ -99,8 +101,6 @@ print(os.listdir("/tmp"), os.getpid(), sorted(k for k in os.environ if k.startsw
 def test_a_namespace_in_the_namespace_uncovers_nothing() -> None:
     code = """
 import ctypes, os
-
-pytestmark = pytest.mark.slow
 c = ctypes.CDLL(None)
 c.unshare(0x10000000 | 0x20000)  # a user namespace of its own, if it gets one
 print([c.umount2(p, 2) for p in (b"/run", b"/proc", b"/tmp")], c.mount(b"none", b"/", None, 32 | 0x1000, None))

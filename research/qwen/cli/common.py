@@ -85,7 +85,7 @@ def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
         changes["temperature"] = 0.0
     if args.stop:
         changes["stop"] = tuple(args.stop)
-    return engine.default_params(**changes)
+    return engine.default_params(**changes).answering()
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:

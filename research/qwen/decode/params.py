@@ -110,6 +110,12 @@ class SamplingParams:
             if outside is not None:
                 raise RequestError(f"{name} names token id {outside}; the vocabulary has {size} rows")
 
+    def answering(self) -> SamplingParams:
+        """Itself, for who wants an answer; RequestError if it asks for none (``max_new_tokens`` 0 only scores)."""
+        if self.max_new_tokens == 0:
+            raise RequestError("max_new_tokens must be an integer of at least 1, got 0")
+        return self
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken (after penalties; the lower id on a tie)."""

@@ -141,7 +141,7 @@ def _engine_params(engine: EngineLike, prompt_length: int, options: dict[str, An
         if total <= prompt_length:
             raise RequestError(f"max_length {total} leaves no room after a prompt of {prompt_length} tokens")
         values["max_new_tokens"] = total - prompt_length
-    params = engine.default_params(**values)
+    params = engine.default_params(**values).answering()
     if do_sample is False:
         return replace(params, temperature=0.0)
     if do_sample is True and params.temperature == 0.0 and "temperature" not in values:

@@ -126,7 +126,7 @@ def read_options(
         sampling["temperature"] = 0.0
     params = SamplingParams(**sampling, seed=seed, max_new_tokens=values.get("max_new_tokens"))
     return Options(
-        params=params,
+        params=params.answering(),
         eos_ids=_ids("eos_token_id", values.get("eos_token_id", ()), vocab_size),
         pad_id=(_ids("pad_token_id", values.get("pad_token_id", 0), vocab_size) or (0,))[0],
         max_length=_count("max_length", values.get("max_length"), 1),
