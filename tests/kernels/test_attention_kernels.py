@@ -17,7 +17,12 @@ BAD_INDEX = 2
 PART = 512  # kPart of csrc/attention.h
 
 
-native = native_on(isa for isa in ISAS if isa in ("avx512", "avx2", "base"))
+def bound(native, fmt):
+    """Largest error against float64: tiles take queries and weights in 16 bits."""
+    return 3e-5 if native.isa == "amx" and fmt == "bfloat16" else 5e-6
+
+
+native = native_on(isa for isa in ISAS if isa in ("amx", "avx512", "avx2", "base"))
 
 
 @pytest.fixture(params=cases.FORMATS)
@@ -62,7 +67,7 @@ def test_attention(native, rng, fmt, shape, block_size):
             [(case, 0, length, blocks)], cases.empty_cache(160 // block_size + 1, block_size, heads, d, fmt)
         )
         y = done(call, native)
-        np.testing.assert_allclose(y, cases.expected(case, heads, d, fmt), rtol=0, atol=5e-6)
+        np.testing.assert_allclose(y, cases.expected(case, heads, d, fmt), rtol=0, atol=bound(native, fmt))
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])
@@ -129,7 +134,7 @@ def test_long_contexts(native, rng, fmt, heads, d, threads):
     native.set_threads(threads)
     try:
         want = done(cases.step([(case, 0, length, blocks)], cache), native)
-        np.testing.assert_allclose(want, cases.expected(case, heads, d, fmt), rtol=0, atol=5e-6)
+        np.testing.assert_allclose(want, cases.expected(case, heads, d, fmt), rtol=0, atol=bound(native, fmt))
         for position in (PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART + 63, length - 1):
             y = done(cases.step([(case, position, 1, blocks)], cache), native)
             np.testing.assert_array_equal(y[0], want[position])

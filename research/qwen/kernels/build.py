@@ -43,7 +43,7 @@ FLAGS = (
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 VNNI = (*AVX512, "-mavx512vnni", "-mavx512bf16")
-AMX = (*VNNI, "-mamx-tile", "-mamx-int8")
+AMX = (*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 DOT = ("-march=armv8.2-a+dotprod",)
 # Portable sources, and groups of kernels (GROUP_isa.cc, entry point GROUP_ISA) with their instruction sets.
 PORTABLE = tuple(
@@ -53,7 +53,7 @@ X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
 ARM = {"base": (), "dot": DOT}
 FLOATS = ("base", "avx2", "avx512")
 INTEGERS = ("base", "avx2", "avx512", "vnni", "amx", "dot")
-GROUPS = {"linear": FLOATS, "attention": FLOATS, "pointwise": FLOATS, "quantise": FLOATS, "quant": INTEGERS}
+GROUPS = {"linear": FLOATS, "attention": (*FLOATS, "amx"), "pointwise": FLOATS, "quantise": FLOATS, "quant": INTEGERS}
 
 NOTICE_SECONDS = 2.0  # a build that takes longer says so
 OBJECT_DAYS = 30  # objects nobody used for so long are removed from the cache

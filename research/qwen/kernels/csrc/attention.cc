@@ -15,7 +15,7 @@ namespace {
 const AttentionTable* table() {
 #if defined(__x86_64__)
   static constexpr Variant<AttentionTable> kVariants[] = {
-      {kBase, attention_base}, {kAvx2, attention_avx2}, {kAvx512, attention_avx512}};
+      {kBase, attention_base}, {kAvx2, attention_avx2}, {kAvx512, attention_avx512}, {kAmx, attention_amx}};
 #else
   static constexpr Variant<AttentionTable> kVariants[] = {{kBase, attention_base}};
 #endif

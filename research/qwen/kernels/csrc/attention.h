@@ -59,6 +59,7 @@ const AttentionTable* attention_base();
 #if defined(__x86_64__)
 const AttentionTable* attention_avx2();
 const AttentionTable* attention_avx512();
+const AttentionTable* attention_amx();
 #endif
 
 // Whether every index lies inside its array.

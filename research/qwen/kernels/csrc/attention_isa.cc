@@ -1,7 +1,11 @@
 // Causal attention over the paged cache. Keys are taken in blocks at absolute positions 0, 64, 128, ..., softmax is made
 // over parts of 512 keys, parts are merged in order, and every sum runs in one order: the result of a query depends
 // neither on the batch, nor on how the prompt was cut into chunks, nor on the way (attend, attend_one) it was computed.
+#if defined(__AMX_BF16__)
+#include "attention_amx.h"
+#else
 #include "attention_one.h"
+#endif
 
 namespace {
 
@@ -85,26 +89,6 @@ static void value_tile(const Scratch& s, int64_t tile, int64_t slab, int64_t key
     for (int g = 0; g < kWide; ++g) store(place + r * kSlab + g * kLanes, sum[r][g]);
 }
 
-// seen(q): how many keys from `first` on query q sees.
-template <class F, class Seen>
-INLINE void soften(const Scratch& s, int64_t rows, Seen seen) {
-  float next[kQueryBlock];
-  for (int64_t q = 0; q < rows; ++q) {
-    const bool sees = seen(q) > 0;
-    next[q] = sees ? highest<F>(s.scores + q * kKeyBlock, s.key_scale, s.peak[q], seen(q)) : s.peak[q];
-    s.factor[q] = sees ? s.peak[q] - next[q] : 0.f;
-  }
-  for (int64_t q = 0; q < rows; q += kLanes) store(s.factor + q, exp_v(load(s.factor + q)));
-  for (int64_t q = 0; q < rows; ++q) {
-    if (seen(q) > 0) {
-      s.mass[q] = s.mass[q] * s.factor[q] + weigh<F>(s.scores + q * kKeyBlock, s.value_scale, next[q]);
-      s.peak[q] = next[q];
-    } else {
-      std::memset(s.scores + q * kKeyBlock, 0, kKeyBlock * sizeof(float));
-    }
-  }
-}
-
 // One block of keys for all queries. Tiles skip what none of their queries sees.
 template <class F>
 static void attend_block(const AttentionArgs& a, const AttentionTask& t, const Scratch& s, int64_t first) {
@@ -166,11 +150,17 @@ static void rotate(const AttentionArgs& a, int64_t token, int64_t head, float* s
 }
 
 static void attend(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+#if defined(__AMX_BF16__)
+  if (a.format == qwen::kKvBF16 && tiles_fit(a)) return attend_tiles(a, t, scratch);
+#endif
   constexpr decltype(&attend_as<KvF32>) kBy[] = {attend_as<KvF32>, attend_as<KvBF16>, attend_as<KvI8>};
   kBy[a.format](a, t, scratch);
 }
 
 static void attend_one(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+#if defined(__AMX_BF16__)
+  if (a.format == qwen::kKvBF16 && tiles_fit(a)) return attend_one_tile(a, t, scratch);
+#endif
   constexpr decltype(&attend_as<KvF32>) kBy[] = {attend_one_as<KvF32>, attend_one_as<KvBF16>, attend_one_as<KvI8>};
   kBy[a.format](a, t, scratch);
 }

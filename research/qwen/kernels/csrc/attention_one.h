@@ -100,13 +100,12 @@ static void part_one(const AttentionArgs& a, const AttentionTask& t, const Scrat
   }
 }
 
-template <class F>
-static void attend_one_as(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
-  const Scratch s = carve(scratch, a.d);
-  rotate_query(a, t.first_row, t.head, s.query);
+// `make_part(part)`: keys part .. part + kPart - 1 to s.sum, s.peak[0], s.mass[0].
+template <class F, class MakePart>
+INLINE void attend_by_parts(const AttentionArgs& a, const AttentionTask& t, const Scratch& s, MakePart make_part) {
   if (t.part < 0 || t.part == t.position / kPart) write_token<F>(a, t.first_row, t.head, s.row);
   if (t.part >= 0) {
-    part_one<F>(a, t, s, t.part * kPart);
+    make_part(t.part * kPart);
     float* to = t.partial + t.part * qwen::partial_size(a.d);
     std::memcpy(to, s.sum, a.d * sizeof(float));
     to[a.d] = *s.peak, to[a.d + 1] = *s.mass;
@@ -115,12 +114,19 @@ static void attend_one_as(const AttentionArgs& a, const AttentionTask& t, float*
   const int64_t padded = s.slabs * kSlab;
   clear(s.total, padded, s.total_peak, s.total_mass, 1);
   for (int64_t part = 0; part <= t.position; part += kPart) {
-    part_one<F>(a, t, s, part);
+    make_part(part);
     merge_part(s.total, s.total_peak, s.total_mass, s.sum, *s.peak, *s.mass, 1, padded, 0);
   }
   float* y = a.y + (t.first_row * a.heads + t.head) * a.d;
   const float inverse = 1.f / *s.total_mass;
   for (int64_t i = 0; i < a.d; ++i) y[i] = s.total[i] * inverse;
+}
+
+template <class F>
+static void attend_one_as(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+  const Scratch s = carve(scratch, a.d);
+  rotate_query(a, t.first_row, t.head, s.query);
+  attend_by_parts<F>(a, t, s, [&](int64_t part) { part_one<F>(a, t, s, part); });
 }
 
 static void merge(const AttentionArgs& a, const AttentionTask& t, float* scratch) {

@@ -26,7 +26,7 @@ struct Scratch {
   float *query;                    // [query][d]
   float *keys;                     // [slab of keys][d][kSlab]
   float *values;                   // [slab of d][key][kSlab]
-  float *scores;                   // [query][key]
+  float *scores, *weights;         // [query][key]; weights: of tiles only
   float *sum, *total;              // tiled
   float *peak, *mass, *factor;     // of the part
   float *total_peak, *total_mass;
@@ -37,7 +37,7 @@ struct Scratch {
 
 static int64_t scratch_size(int64_t d) {
   const int64_t padded = round_up(d, kSlab);
-  return round_up(kQueryBlock * d, 16) + kKeyBlock * d + kKeyBlock * padded + kQueryBlock * kKeyBlock +
+  return round_up(kQueryBlock * d, 16) + kKeyBlock * d + kKeyBlock * padded + 2 * kQueryBlock * kKeyBlock +
          2 * kQueryBlock * padded + 5 * kQueryBlock + 2 * kKeyBlock + padded;
 }
 
@@ -49,6 +49,7 @@ static Scratch carve(float* p, int64_t d) {
   s.keys = p, p += kKeyBlock * d;
   s.values = p, p += kKeyBlock * s.slabs * kSlab;
   s.scores = p, p += kQueryBlock * kKeyBlock;
+  s.weights = p, p += kQueryBlock * kKeyBlock;
   s.sum = p, p += tiled;
   s.total = p, p += tiled;
   float** const small[] = {&s.peak, &s.mass, &s.factor, &s.total_peak, &s.total_mass};
@@ -105,6 +106,26 @@ INLINE void merge_part(float* total, float* total_peak, float* total_mass, const
 static void clear(float* sum, int64_t floats, float* peak, float* mass, int64_t rows) {
   std::memset(sum, 0, floats * sizeof(float));
   for (int64_t q = 0; q < rows; ++q) peak[q] = -__builtin_inff(), mass[q] = 0;
+}
+
+// seen(q): how many keys from `first` on query q sees.
+template <class F, class Seen>
+INLINE void soften(const Scratch& s, int64_t rows, Seen seen) {
+  float next[kQueryBlock];
+  for (int64_t q = 0; q < rows; ++q) {
+    const bool sees = seen(q) > 0;
+    next[q] = sees ? highest<F>(s.scores + q * kKeyBlock, s.key_scale, s.peak[q], seen(q)) : s.peak[q];
+    s.factor[q] = sees ? s.peak[q] - next[q] : 0.f;
+  }
+  for (int64_t q = 0; q < rows; q += kLanes) store(s.factor + q, exp_v(load(s.factor + q)));
+  for (int64_t q = 0; q < rows; ++q) {
+    if (seen(q) > 0) {
+      s.mass[q] = s.mass[q] * s.factor[q] + weigh<F>(s.scores + q * kKeyBlock, s.value_scale, next[q]);
+      s.peak[q] = next[q];
+    } else {
+      std::memset(s.scores + q * kKeyBlock, 0, kKeyBlock * sizeof(float));
+    }
+  }
 }
 
 }  // namespace

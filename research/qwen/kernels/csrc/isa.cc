@@ -17,10 +17,10 @@ constexpr const char* kNames[] = {"base", "avx2", "avx512", "vnni", "amx", "dot"
 #if defined(__x86_64__)
 // The kernel grants tile registers on request: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 bool tiles_granted() {
-  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+  constexpr unsigned kNeeded = 1u << 24 | 1u << 25 | 1u << 22;  // tiles, int8, bf16
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
   asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  if ((edx & (kAmxTile | kAmxInt8)) != (kAmxTile | kAmxInt8)) return false;
+  if ((edx & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 }
 #endif

@@ -2,51 +2,23 @@
 // 4 bits are unpacked to that first. Sums per block leave the tiles as exact integers, and what happens to them then is
 // the same as elsewhere, so all results are too. Included by quant_isa.cc.
 #pragma once
-#include <immintrin.h>
+#include "amx.h"
 
 namespace {
 
 using qwen::kStep;
-constexpr int64_t kTile = qwen::kTileRows, kTileBytes = kTile * kStep;
+constexpr int64_t kTileBytes = kTile * kStep;
+static_assert(kTile == qwen::kTileRows, "rows of a tile");
 constexpr int64_t kRun = 4, kSquareRun = 2;  // blocks whose sums are formed before they are added up
 constexpr int64_t kWholeRun = 4;             // blocks of a matrix that stay in the first cache while rows pass by
 constexpr int64_t kMostTileRows = 256;
 
-// Instructions with the number of a tile as a template argument; the intrinsics want a literal, and do not tell the
-// compiler that they use memory.
-template <int I>
-INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(I));
-}
-template <int I>
-INLINE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(I) : "memory");
-}
-template <int I>
-INLINE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(I) : "memory");
-}
 // sum += signed rows . codes: unsigned as they are stored (8 bits), signed when they were unpacked (4 bits)
 template <int BITS, int SUM, int ROWS, int CODES>
 INLINE void tile_dot() {
   if constexpr (BITS == 8) asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ROWS), "i"(CODES));
   else asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ROWS), "i"(CODES));
 }
-
-// Tiles 0..3 are sums, 4 and 5 rows of x, 6 and 7 codes. While a Tiles lives they are in use; released afterwards, so
-// that neither a context switch nor other code on this thread pays for them.
-struct Tiles {
-  explicit Tiles(int64_t rows) {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = i < 6 && rows < kTile ? rows : kTile;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
 
 // What a thread works in.
 struct Workspace {
