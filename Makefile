@@ -75,7 +75,7 @@ $(RUN_STAMP): setup.py | $(PY)
 	$(call install,.,MindSpore and MindFormers (3 GB on disk))
 
 $(TEST_STAMP): setup.py | $(PY)
-	$(call install,.[test],MindSpore, MindFormers and the test tools (5 GB on disk))
+	$(call install,.[test],MindSpore and MindFormers with the test tools (5 GB on disk))
 	@$(PIP_INSTALL) --upgrade --no-deps --target $(VENV)/openai-1 openai==1.109.1  # the server is tested with both
 	@touch $(RUN_STAMP)
 

@@ -17,6 +17,8 @@ from research.qwen.serve.state import ServerSettings
 from tests.cli.test_chat import Terminal
 from tests.serve.running import fake_engine, running_state, serve_app
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ServerSettings(model_names=("fake", "other"), api_keys=("secret",))
 VALUES = {"temperature": 0.8, "seed": 5, "max_new_tokens": 20, "ignore_eos": True, "top_k": 50}
 

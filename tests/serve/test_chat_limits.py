@@ -14,6 +14,8 @@ from research.qwen.serve.state import ServerSettings
 from tests.serve.scripted import Script, scripted_server
 from tests.serve.test_stream import eventually
 
+pytestmark = pytest.mark.slow
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 

@@ -14,6 +14,8 @@ from research.qwen.serve.auth import HostCheck, KeyRing, read_keys
 from research.qwen.serve.state import ServerSettings, ServerState
 from tests.serve.running import error_of, fake_engine, serve_app
 
+pytestmark = pytest.mark.slow
+
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}

@@ -18,6 +18,8 @@ from research.qwen.serve.errors import ApiError
 from research.qwen.serve.state import ServerSettings, ServerState
 from tests.serve.running import error_of, fake_client, fake_engine, running_state, serve_app
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 2000
 JSON = {"content-type": "application/json"}
 

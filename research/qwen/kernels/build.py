@@ -53,7 +53,13 @@ X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
 ARM = {"base": (), "dot": DOT}
 FLOATS = ("base", "avx2", "avx512")
 INTEGERS = ("base", "avx2", "avx512", "vnni", "amx", "dot")
-GROUPS = {"linear": FLOATS, "attention": (*FLOATS, "amx"), "pointwise": FLOATS, "quantise": FLOATS, "quant": INTEGERS}
+GROUPS = {
+    "linear": FLOATS,
+    "attention": (*FLOATS, "amx"),
+    "pointwise": FLOATS,
+    "quantise": FLOATS,
+    "quant": INTEGERS,
+}
 
 NOTICE_SECONDS = 2.0  # a build that takes longer says so
 OBJECT_DAYS = 30  # objects nobody used for so long are removed from the cache
