@@ -18,6 +18,7 @@ from research.qwen.cli.common import (
     add_model_options,
     add_sampling_options,
     load_engine,
+    sampling_changes,
     sampling_from,
 )
 from research.qwen.decode.params import SamplingParams
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def talk_to_server(args: argparse.Namespace) -> int:
     """The same chat with the model of a running server."""
-    from research.qwen.cli.remote import RemoteChat, Server, sampling_changes
+    from research.qwen.cli.remote import RemoteChat, Server
 
     refuse_model_options(args)
     server = Server(args.url, args.api_key or os.environ.get("QWEN_API_KEY", ""), args.served_model or "")

@@ -76,16 +76,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
-    """The checkpoint's defaults with the given options on top. RequestError for an invalid value."""
-    changes: dict[str, Any] = {
-        name: value for name in SAMPLING_OPTIONS if (value := getattr(args, name)) is not None
-    }
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given on the command line."""
+    changes = {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
     if args.greedy:
         changes["temperature"] = 0.0
-    if args.stop:
-        changes["stop"] = tuple(args.stop)
-    return engine.default_params(**changes).answering()
+    return changes | ({"stop": tuple(args.stop)} if args.stop else {})
+
+
+def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
+    """The checkpoint's defaults with the given options on top. RequestError for an invalid value."""
+    return engine.default_params(**sampling_changes(args)).answering()
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:

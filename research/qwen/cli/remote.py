@@ -5,7 +5,6 @@ Nothing of a model is loaded here. Ctrl-C closes the connection, which makes the
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import ipaddress
 import json
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from research.qwen.cli.chat import SHOWN, Conversation, assignments
-from research.qwen.cli.common import SAMPLING_OPTIONS
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import BusyError, ClosedError, PromptError, QwenError, RequestError
 from research.qwen.messages import Delta, Message
@@ -76,14 +74,6 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in SHOWN:
             raise RequestError(f"{name} has no use in a chat; known are {', '.join(SHOWN)}")
     return {name: getattr(params, name) for name in kept}
-
-
-def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling options that were given on the command line."""
-    changes = {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
-    if args.greedy:
-        changes["temperature"] = 0.0
-    return changes | ({"stop": tuple(args.stop)} if args.stop else {})
 
 
 class Server:
