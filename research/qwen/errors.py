@@ -39,3 +39,11 @@ class KernelError(QwenError, RuntimeError):
 
 class LogitsError(QwenError, ArithmeticError):
     """A row of logits from which no token can be chosen: NaN, +inf, or every token banned."""
+
+
+class DataError(QwenError, ValueError):
+    """A file of training samples is missing, malformed, or holds a sample that cannot be learned from."""
+
+
+class TrainingError(QwenError, RuntimeError):
+    """Training cannot start, go on or be resumed: a changed setting, a diverged loss, a full disk."""
