@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pty
 import select
-import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,15 +18,32 @@ pytestmark = pytest.mark.mindspore
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# Runs in a new session and takes the terminal, then becomes the command. Not pty.fork(): between fork and exec it would
+# run Python in a copy of this process, whose other threads (MindSpore's) may hold a lock at that moment for ever.
+TAKES_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
+os.execv(sys.executable, [sys.executable, "-m", "research.qwen.cli", *sys.argv[1:]])
+"""
+
+
 class Terminal:
     """A command in a pseudo-terminal."""
 
     def __init__(self, *argv: str):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
-            os.chdir(ROOT)
-            os.execv(sys.executable, [sys.executable, "-m", "research.qwen.cli", *argv])
+        self.fd, theirs = pty.openpty()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", TAKES_TERMINAL, *argv],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
 
     def send(self, data: bytes) -> None:
         os.write(self.fd, data)
@@ -38,22 +54,22 @@ class Terminal:
         while text not in shown:
             assert time.monotonic() < end, f"{text!r} did not come; shown: {shown[-500:]!r}"
             if select.select([self.fd], [], [], 0.2)[0]:
-                shown += os.read(self.fd, 4096).decode(errors="replace")
+                try:
+                    shown += os.read(self.fd, 4096).decode(errors="replace")
+                except OSError:  # nobody holds the other end any more
+                    raise AssertionError(
+                        f"the command left before {text!r}; shown: {shown[-500:]!r}"
+                    ) from None
         return shown
 
     def exit_code(self) -> int:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.1)
-        raise AssertionError("the process does not end")
+        return self.process.wait(60)
 
     def kill(self) -> None:
         """Leave nothing running, whatever the test found."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait(10)
+        os.close(self.fd)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(published_vocab):
