@@ -19,7 +19,15 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # First path part below research/qwen -> (tier, unit). Modules of one unit may import each other.
 UNITS: dict[str, tuple[int, str]] = {
     **dict.fromkeys(
-        ("__init__.py", "errors.py", "config.py", "interrupts.py", "messages.py", "chat_template.py"),
+        (
+            "__init__.py",
+            "checks.py",
+            "errors.py",
+            "config.py",
+            "interrupts.py",
+            "messages.py",
+            "chat_template.py",
+        ),
         (0, "base"),
     ),
     "demo": (0, "demo"),

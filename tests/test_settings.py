@@ -294,3 +294,43 @@ def test_the_file_the_converter_writes(name: str, tmp_path: Path, published_voca
     assert settings.vocab_file == tmp_path / "qwen.tiktoken"
     assert settings.load_checkpoint == Path("qwen.ckpt")
     assert settings.eos_ids == (151643,)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_a_file_inherits_from_others(tmp_path: Path) -> None:
+    """Key by key from a base, whole sections from a second one, which wins; a base may have a base itself."""
+    write(tmp_path / "base" / "model.yaml", MINIMAL)
+    write(tmp_path / "base" / "more.yaml", {"base_config": "most.yaml", "runner_config": {"epochs": 3}})
+    write(tmp_path / "base" / "most.yaml", {"seed": 5, "runner_config": {"batch_size": 7}})
+    path = write(
+        tmp_path / "run.yaml",
+        {
+            "base_config": ["base/model.yaml", "base/more.yaml"],
+            "model": {"model_config": {"num_layers": 5, "eos_token_id": [1, 2]}},
+        },
+    )
+    settings = load_settings(path)
+    assert (settings.model.num_layers, settings.model.num_heads, settings.eos_token_id) == (5, 4, (1, 2))
+    assert settings.raw["runner_config"] == {"epochs": 3, "batch_size": 7} and settings.raw["seed"] == 5
+    assert "base_config" not in settings.raw
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("nowhere.yaml", r"nowhere.yaml not found \(base_config of .*run.yaml\)"),
+        ("run.yaml", "run.yaml leads back to a file that inherits from it"),
+        ([], "base_config must be a file name or a list of them, got \\[\\]"),
+        (["list.yaml"], "list.yaml: the file must be a mapping"),
+    ],
+)
+def test_bad_inheritance(tmp_path: Path, base: Any, message: str) -> None:
+    write(tmp_path / "list.yaml", "[1]")
+    path = write(tmp_path / "run.yaml", {**MINIMAL, "base_config": base})
+    with pytest.raises(ConfigError, match=message):
+        load_settings(path)

@@ -2,88 +2,45 @@
 
 MindFormers accepts any key and ignores those it does not know, so that a misspelt ``num_layers`` silently
 gives another model. Here every key of the sections we read is known by name and its value is checked;
-sections that only MindFormers reads (training, parallelism) pass through as they are.
+sections for training are read by train/recipe_file.py, those only MindFormers reads pass through as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from research.qwen.config import QwenConfig, suggest
+from research.qwen.checks import (
+    Check,
+    anything,
+    boolean,
+    check_key,
+    check_value,
+    integer,
+    named,
+    number,
+    one_of,
+    text,
+    token_ids,
+)
+from research.qwen.config import QwenConfig
 from research.qwen.errors import ConfigError
 
 ChatFormat = Literal["raw", "chatml"]
 END_OF_TEXT = 151643
+BASE = "base_config"
 
-# A check answers what a value must be, or None if it is that. Null is never checked: it means "not given".
-Check = Callable[[Any], str | None]
-
-
-def _anything(value: Any) -> str | None:
-    return None
-
-
-def _integer(low: int) -> Check:
-    def check(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
-        return None if fits else f"an integer of at least {low}"
-
-    return check
-
-
-def _number(low: float, high: float = float("inf"), *, open_low: bool = False) -> Check:
-    """A number in [low, high], or (low, high]; the text 1e-6 counts too, for YAML 1.1 takes it as one."""
-
-    def check(value: Any) -> str | None:
-        try:
-            number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = float("nan")
-        fits = low <= number <= high and not (open_low and number == low)
-        bound = "" if high == float("inf") else f" and at most {high:g}"
-        return None if fits else f"a number {'above' if open_low else 'of at least'} {low:g}{bound}"
-
-    return check
-
-
-def _boolean(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "True or False"
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "text"
-
-
-def _one_of(*allowed: Any) -> Check:
-    def check(value: Any) -> str | None:
-        fits = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
-        return None if fits else f"{'one of ' if len(allowed) > 1 else ''}{', '.join(map(repr, allowed))}"
-
-    return check
-
-
-def _ids(value: Any) -> str | None:
-    ids = value if isinstance(value, list) else [value]
-    fits = ids and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids)
-    return None if fits else "a token id or a list of them"
-
-
-def _names(check: Check, names: str) -> dict[str, Check]:
-    return dict.fromkeys(names.split(), check)
-
-
-_DTYPE = _one_of("float32", "float16", "bfloat16")
+_DTYPE = one_of("float32", "float16", "bfloat16")
 _TOP = {
-    **_names(_text, "load_checkpoint"),
-    "run_mode": _one_of("predict", "train", "finetune", "eval", "predict_with_train_model"),
+    **named(text, "load_checkpoint"),
+    "run_mode": one_of("predict", "train", "finetune", "eval", "predict_with_train_model"),
     # MindFormers' own business, passed through.
-    **_names(
-        _anything,
+    **named(
+        anything,
         "seed output_dir use_parallel resume_training print_separate_loss load_ckpt_format auto_trans_ckpt "
         "transform_process_num src_strategy_path_or_dir only_save_strategy load_ckpt_async use_legacy "
         "use_legacy_format pretrained_model_dir balanced_load reshard_worker_num do_eval "
@@ -96,70 +53,70 @@ _TOP = {
         "runner_wrapper optimizer lr_schedule grouped_lr_schedule train_dataset train_dataset_task "
         "eval_dataset eval_dataset_task callbacks eval_callbacks metric monitor_config generation_config "
         "remove_redundancy auto_tune autotune_per_step filepath_prefix runner_config trainer model "
-        "processor context",
+        "processor context finetune",
     ),
 }
 _MODEL_CONFIG = {
-    "type": _one_of("LlamaConfig"),
-    **_names(
-        _integer(1),
+    "type": one_of("LlamaConfig"),
+    **named(
+        integer(1),
         "vocab_size hidden_size num_layers num_heads n_kv_heads kv_channels max_position_embedding",
     ),
-    **_names(_integer(2), "seq_length"),
-    **_names(_integer(1), "intermediate_size batch_size block_size num_blocks"),
-    **_names(_integer(1), "max_decode_length max_length max_new_tokens"),
-    **_names(_number(1, open_low=True), "rotary_emb_base theta"),
-    **_names(_number(0, open_low=True), "rms_norm_eps repetition_penalty"),
-    **_names(_boolean, "use_dynamic_ntk use_logn_attn use_past do_sample"),
-    "top_k": _integer(0),
-    "top_p": _number(0, 1, open_low=True),
-    "temperature": _number(0),
-    "eos_token_id": _ids,
-    "pad_token_id": _integer(0),
-    **_names(_DTYPE, "compute_dtype param_init_type"),
-    "chat_format": _one_of("raw", "chatml"),
+    **named(integer(2), "seq_length"),
+    **named(integer(1), "intermediate_size batch_size block_size num_blocks"),
+    **named(integer(1), "max_decode_length max_length max_new_tokens"),
+    **named(number(1, open_low=True), "rotary_emb_base theta"),
+    **named(number(0, open_low=True), "rms_norm_eps repetition_penalty"),
+    **named(boolean, "use_dynamic_ntk use_logn_attn use_past do_sample"),
+    "top_k": integer(0),
+    "top_p": number(0, 1, open_low=True),
+    "temperature": number(0),
+    "eos_token_id": token_ids,
+    "pad_token_id": integer(0),
+    **named(_DTYPE, "compute_dtype param_init_type"),
+    "chat_format": one_of("raw", "chatml"),
     # These change the computation and have one value in every Qwen.
-    **_names(_one_of(True), "qkv_has_bias"),
-    **_names(_one_of(False), "attn_proj_has_bias tie_word_embeddings"),
-    **_names(_one_of(1), "rotary_pct scaling_factor"),
-    "extend_method": _one_of("None"),
+    **named(one_of(True), "qkv_has_bias"),
+    **named(one_of(False), "attn_proj_has_bias tie_word_embeddings"),
+    **named(one_of(1), "rotary_pct scaling_factor"),
+    "extend_method": one_of("None"),
     # How MindFormers' own layers compute; ours give the same result whatever these say.
-    **_names(
-        _anything,
+    **named(
+        anything,
         "multiple_of ffn_dim_multiplier bos_token_id ignore_token_id layernorm_compute_type "
         "softmax_compute_type rotary_dtype residual_dtype embedding_init_type qkv_concat parallel_config "
         "moe_config is_dynamic use_rope_slice use_flash_attention use_ring_attention "
         "use_attn_mask_compression use_eod_attn_mask_compression parallel_optimizer fine_grain_interleave "
         "pp_interleave_num offset init_method_std checkpoint_name_or_path llm_backend fused_rms_norm "
         "input_sliced_sig rmsnorm_compute_2d chunk_prefill calculate_per_token_loss pipeline_stage "
-        "return_hidden_states emb_dropout_prob no_bias",
+        "return_hidden_states emb_dropout_prob no_bias pet_config",
     ),
 }
 # Key path of a section -> the keys it may hold.
 _KNOWN: dict[str, dict[str, Check]] = {
     "": _TOP,
-    "trainer": _names(_anything, "type model_name"),
-    "runner_config": _names(
-        _anything, "batch_size epochs sink_mode sink_size gradient_accumulation_steps num_classes stop_step"
+    "trainer": named(anything, "type model_name"),
+    "runner_config": named(
+        anything, "batch_size epochs sink_mode sink_size gradient_accumulation_steps num_classes stop_step"
     ),
-    "model": _names(_anything, "model_config arch"),
+    "model": named(anything, "model_config arch"),
     "model.model_config": _MODEL_CONFIG,
-    "model.arch": {"type": _one_of("QwenForCausalLM")},
-    "processor": _names(_anything, "type return_tensors tokenizer"),
+    "model.arch": {"type": one_of("QwenForCausalLM")},
+    "processor": named(anything, "type return_tensors tokenizer"),
     "processor.tokenizer": {
-        "type": _one_of("QwenTokenizer"),
-        **_names(_text, "vocab_file extra_vocab_file"),
-        **_names(
-            _anything,
+        "type": one_of("QwenTokenizer"),
+        **named(text, "vocab_file extra_vocab_file"),
+        **named(
+            anything,
             "errors unk_token bos_token eos_token pad_token model_max_length padding_side truncation_side "
             "chat_template add_bos_token add_eos_token auto_register",
         ),
     },
     "context": {
-        "device_target": _one_of("auto", "Ascend", "CPU"),
-        "device_id": _integer(0),
-        **_names(
-            _anything,
+        "device_target": one_of("auto", "Ascend", "CPU"),
+        "device_id": integer(0),
+        **named(
+            anything,
             "mode max_device_memory max_call_depth memory_optimize_level mempool_block_size save_graphs "
             "save_graphs_path enable_graph_kernel graph_kernel_flags jit_level jit_config infer_boost "
             "ascend_config affinity_cpu_list affinity_config deterministic runtime_num_threads "
@@ -246,19 +203,53 @@ class RunSettings:
         return {key: getattr(self, key) for key in _GENERATION if given.get(key) is not None}
 
 
-def load_settings(path: str | Path) -> RunSettings:
-    """Read and check a YAML file; ConfigError names the file, the key path and what to write instead."""
-    path = Path(path)
+def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> Any:
+    """What a YAML file says, merged over the files it names as ``base_config``, as MindFormers merges them.
+
+    Mappings are merged key by key, everything else replaces what it inherits. Of several bases a later one replaces
+    whole sections of an earlier one. ``heirs`` are the files that lead here. ConfigError names the file.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        named_by = f" (base_config of {heirs[-1]})" if heirs else ""
         raise ConfigError(
-            f"{path} not found; give the path of a YAML file, for example one of configs/"
+            f"{path} not found{named_by}; give the path of a YAML file, for example one of configs/"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict) or BASE not in raw:
+        return raw
+    names = raw.pop(BASE)
+    names = names if isinstance(names, list) else [names]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{path}: {BASE} must be a file name or a list of them, got {names!r}")
+    inherited: dict[str, Any] = {}
+    for name in names:
+        base = path.parent / name
+        if base.resolve() in (heir.resolve() for heir in (*heirs, path)):
+            raise ConfigError(f"{path}: {BASE} {name} leads back to a file that inherits from it")
+        below = read_yaml(base, (*heirs, path))
+        if not isinstance(below, dict):
+            raise ConfigError(f"{base}: the file must be a mapping of keys to values")
+        inherited.update(below)
+    return _merged(raw, inherited)
+
+
+def _merged(over: Mapping[str, Any], under: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(under)
+    for key, value in over.items():
+        below = both.get(key)
+        both[key] = _merged(value, below) if isinstance(value, dict) and isinstance(below, dict) else value
+    return both
+
+
+def load_settings(path: str | Path) -> RunSettings:
+    """Read and check a YAML file; ConfigError names the file, the key path and what to write instead."""
+    path = Path(path)
+    raw = read_yaml(path)
     return settings_from_mapping(raw, str(path), path.parent)
 
 
@@ -281,8 +272,8 @@ def settings_from_mapping(raw: Any, where: str, folder: Path | None = None) -> R
     return RunSettings(
         model=config,
         run_mode=raw.get("run_mode") or "predict",
-        load_checkpoint=_resolve(raw.get("load_checkpoint"), folder),
-        vocab_file=_resolve(tokenizer.get("vocab_file"), folder),
+        load_checkpoint=resolve(raw.get("load_checkpoint"), folder),
+        vocab_file=resolve(tokenizer.get("vocab_file"), folder),
         device_target=None if target == "auto" else target,
         device_id=context.get("device_id") or 0,
         raw=raw,
@@ -315,13 +306,8 @@ def validate(mapping: Any, where: str) -> None:
 
 
 def _check(path: str, key: str, value: Any, known: Mapping[str, Check], where: str) -> None:
-    if key not in known:
-        other = _OTHER_SPELLINGS.get(key)
-        hint = f" (did you mean {other!r}?)" if other in known else suggest(key, list(known))
-        raise ConfigError(f"{where}: unknown key {path}{hint}")
-    complaint = None if value is None else known[key](value)
-    if complaint:
-        raise ConfigError(f"{where}: {path} must be {complaint}, got {value!r}")
+    check_key(path, key, known, where, _OTHER_SPELLINGS)
+    check_value(path, value, known[key], where)
 
 
 def _check_ids_fit(model: Mapping[str, Any], where: str) -> None:
@@ -345,9 +331,10 @@ def _section(mapping: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     return _get(mapping, path) or {}
 
 
-def _resolve(text: str | None, folder: Path | None) -> Path | None:
-    if not text:
+def resolve(given: str | None, folder: Path | None) -> Path | None:
+    """A path of a YAML file: beside the file if it exists there, else as written; None for an empty one."""
+    if not given:
         return None
-    path = Path(text).expanduser()
+    path = Path(given).expanduser()
     beside = path if folder is None else folder / path
     return beside if beside.exists() else path
