@@ -40,7 +40,7 @@ def render(
         PromptError: no messages, an unknown role, or tool calls (the models know these only as ReAct text).
     """
     _check(messages)
-    ids = [i for message in messages for i in _turn(message, tokenizer).joined()]
+    ids = [i for message in messages for i in turn_ids(message, tokenizer).joined()]
     return ids + _header("assistant", tokenizer) if add_generation_prompt else ids
 
 
@@ -75,11 +75,11 @@ def make_context(
     if _checked_format(chat_format) == "raw":
         return query, tokenizer.encode(query, allowed_special="all")
     head = Message("system", system)
-    room = max_window_size - len(_turn(head, tokenizer).joined()) + 1  # the newline after it is not counted
+    room = max_window_size - len(turn_ids(head, tokenizer).joined()) + 1  # the newline after it is not counted
     kept: list[Message] = []
     for user, assistant, *_ in reversed(list(history or ())):
         pair = [Message("user", user), Message("assistant", assistant)]
-        room -= sum(len(_turn(message, tokenizer).joined()) for message in pair)
+        room -= sum(len(turn_ids(message, tokenizer).joined()) for message in pair)
         if room <= 0:
             break
         kept = pair + kept
@@ -98,7 +98,7 @@ def fit(messages: Sequence[Message], tokenizer: QwenTokenizer, max_tokens: int) 
     """
     _check(messages)
     turns = _split_turns(messages)
-    sizes = [sum(len(_turn(message, tokenizer).joined()) for message in turn) for turn in turns]
+    sizes = [sum(len(turn_ids(message, tokenizer).joined()) for message in turn) for turn in turns]
     # turns[0] is the system part, possibly empty.
     total = sum(sizes) + len(_header("assistant", tokenizer))
     first = 1
@@ -153,10 +153,14 @@ def decode_response(
     return tokenizer.decode(answer, errors=errors).strip(), f"Gen length {len(tokens)}"
 
 
-def _turn(message: Message, tokenizer: QwenTokenizer) -> TurnIds:
+def turn_ids(message: Message, tokenizer: QwenTokenizer, *, specials: bool = False) -> TurnIds:
+    """Return the ids of one turn; ``specials`` lets control tokens in the content count as such.
+
+    Only the published training data preparation encodes contents so; no prompt does.
+    """
     return TurnIds(
         header=_header(message.role, tokenizer),
-        body=[*tokenizer.encode(message.content), tokenizer.im_end_id],
+        body=[*tokenizer.encode(message.content, "all" if specials else ()), tokenizer.im_end_id],
         tail=tokenizer.encode("\n"),
     )
 
