@@ -139,6 +139,8 @@ setup(
             "types-PyYAML==6.0.12.20261113",
             "dashscope==2.0.2",  # ships the published vocabulary file, qwen.tiktoken
             "transformers==4.57.1",  # judge of the Qwen2 export; also what MindFormers pins
+            "peft==0.18.1",  # judge of adapters
+            "accelerate==1.12.0",  # peft asks for one
             "Jinja2>=3.1.6,<4",
             *SERVE,
             RAY,

@@ -16,7 +16,7 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 @functools.cache
 def model_folder(name: str) -> Path:
     """Folder of a golden model, unpacked if it is stored compressed: st_new_bf16, bin_old_fp16,
-    bin_sharded_fp32, full_vocab_bf16, longctx. Read only: copy it (shutil.copytree) to change something."""
+    bin_sharded_fp32, full_vocab_bf16, longctx, finetune. Read only: copy it (shutil.copytree) to change something."""
     stored = golden_folder(name) / "model" if name == "longctx" else golden_folder(name)
     packed = stored / "model.tar.xz"
     if not packed.exists():
@@ -31,4 +31,4 @@ def model_folder(name: str) -> Path:
 def golden_folder(name: str) -> Path:
     """Folder with golden.npz, trace.npz, chat.jsonl of a model (longctx: ntk*_logn*.npz); see
     scripts/make_fixtures.py for what was reduced (``vocab_stride``, ``key_stride``, ``kept_ids``)."""
-    return FIXTURES / "longctx" if name == "longctx" else FIXTURES / "models" / name
+    return FIXTURES / name if name in ("longctx", "finetune") else FIXTURES / "models" / name
