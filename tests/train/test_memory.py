@@ -1,0 +1,160 @@
+"""The memory estimate against numbers worked out by hand, and what the machine is said to have."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research.qwen.config import SIZES, QwenConfig
+from research.qwen.errors import ConfigError
+from research.qwen.train import memory
+from research.qwen.train.recipe import Recipe, changed
+from research.qwen.weights.names import expected
+
+# 10 rows of vocabulary, 2 layers, hidden 8, MLP 6 wide.
+TINY = QwenConfig(
+    vocab_size=10, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=12, kv_channels=4
+)
+# Per layer: 24 x 8 + 8 x 8 + 6 x 8 + 6 x 8 + 8 x 6 = 400 in matrices, 24 + 8 + 8 = 40 beside them.
+LAYER, SMALL, TABLE, NORM = 400, 40, 80, 8
+ALL = 2 * (LAYER + SMALL) + 2 * TABLE + NORM
+
+
+def recipe(**values: object) -> Recipe:
+    base = {
+        "batch_size": 1,
+        "max_length": 16,
+        "recompute": False,
+        "flash_attention": False,
+        "lora_dropout": 0.0,
+    }
+    return Recipe(**{**base, **values})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_those_of_the_table_of_tensors(name: str) -> None:
+    count = 0
+    for shape in expected(SIZES[name]).values():
+        count += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    assert memory.parameters(SIZES[name]) == count
+
+
+def test_the_published_count_of_trained_parameters() -> None:
+    """What the published script prints for Qwen-7B-Chat with LoRA."""
+    assert memory.trainable(SIZES["7b"], Recipe()) == 143_130_624
+
+
+def test_lora_counts_by_target() -> None:
+    shapes = {"c_attn": 24 + 8, "attn.c_proj": 8 + 8, "mlp.c_proj": 8 + 6, "w1": 6 + 8, "w2": 6 + 8}
+    for target, size in shapes.items():
+        assert memory.trainable(TINY, recipe(lora_rank=3, lora_targets=(target,))) == 2 * 3 * size
+    for target, size in (("c_proj", 30), ("attention", 48), ("mlp", 42), ("all", 90)):
+        assert memory.trainable(TINY, recipe(lora_rank=3, lora_targets=(target,))) == 2 * 3 * size
+    both = recipe(lora_rank=3, lora_targets=("w1", "mlp"), modules_to_save=("wte", "lm_head", "ln_f"))
+    assert memory.trainable(TINY, both) == 2 * 3 * 42 + 2 * TABLE + NORM
+
+
+def test_full_on_cpu() -> None:
+    """float32: 4 bytes of weight, 4 of gradient, 8 of AdamW a parameter."""
+    found = memory.estimate(TINY, recipe(method="full"))
+    assert (found.parameters, found.trainable) == (ALL, ALL)
+    assert (found.weights, found.gradients, found.optimizer) == (4 * ALL, 4 * ALL, 8 * ALL)
+    # 16 tokens x (8 x 8 + 4 x 6 + 2 heads x 2 x 16 of attention) x 4 bytes, for both layers and the one at work.
+    assert found.activations == 3 * 16 * (64 + 24 + 64) * 4
+    assert found.logits == 16 * 10 * 2 * 4 + 16 * 8 * 2 * 4
+    assert found.total == sum(
+        (found.weights, found.gradients, found.optimizer, found.activations, found.logits, found.runtime)
+    )
+
+
+def test_full_on_ascend_keeps_a_float32_copy() -> None:
+    found = memory.estimate(TINY, recipe(method="full", flash_attention=True), "ascend")
+    assert (found.weights, found.gradients, found.optimizer) == (6 * ALL, 4 * ALL, 8 * ALL)
+    assert found.activations == 3 * 16 * (64 + 24) * 2
+
+
+def test_recompute_keeps_the_input_of_each_layer_only() -> None:
+    found = memory.estimate(TINY, recipe(method="full", recompute=True))
+    assert found.activations == 2 * 16 * 8 * 4 + 16 * (64 + 24 + 64) * 4
+
+
+def test_lora() -> None:
+    found = memory.estimate(TINY, recipe(lora_rank=3, lora_targets=("all",)), stored="bfloat16")
+    learned = 2 * 3 * 90
+    assert found.weights == 2 * (2 * LAYER + 4 * SMALL) + 2 * 2 * TABLE + 4 * learned
+    assert (found.gradients, found.optimizer) == (4 * learned, 8 * learned)
+    dropped = memory.estimate(TINY, recipe(lora_rank=3, lora_targets=("all",), lora_dropout=0.1))
+    assert dropped.activations - found.activations == 3 * 16 * (8 + 8 + 8 + 8 + 6) * 4
+
+
+def test_quantised_base() -> None:
+    """int4: half a byte, and a float16 scale for 128 inputs; rows padded to 16, inputs to 128."""
+    assert memory.matrix_bytes("int4", 4096, 4096) == 4096 * 4096 // 2 + 4096 * 32 * 2
+    assert memory.matrix_bytes("int8", 4096, 4096) == 4096 * 4096 + 4096 * 4
+    assert memory.matrix_bytes("int4-g64-asym", 10, 100) == 16 * 128 // 2 + 2 * 16 * (2 + 1)
+    four, eight, plain = (
+        memory.estimate(SIZES["7b"], Recipe(method="qlora", base_dtype=dtype), "ascend").weights
+        for dtype in ("int4", "int8", "as stored")
+    )
+    layers = 32 * LAYERS_7B
+    assert plain - eight == pytest.approx(layers, rel=0.01) and eight - four == pytest.approx(
+        layers / 2, rel=0.04
+    )
+
+
+LAYERS_7B = 4 * 4096 * 4096 + 3 * 4096 * 11008
+
+
+def test_what_is_split() -> None:
+    whole = memory.estimate(SIZES["7b"], Recipe(method="full"), "ascend")
+    halves = memory.estimate(SIZES["7b"], Recipe(method="full", model_parallel=2), "ascend")
+    assert (halves.gradients, halves.optimizer) == (whole.gradients // 2, whole.optimizer // 2)
+    copies = Recipe(method="full", data_parallel=4, optimizer_parallel=True)
+    split = memory.estimate(SIZES["7b"], copies, "ascend")
+    assert split.optimizer == whole.optimizer // 4 and split.gradients == whole.gradients
+    assert split.weights < whole.weights
+    stages = memory.estimate(
+        SIZES["7b"], Recipe(method="full", pipeline_stage=4, micro_batch_num=4), "ascend"
+    )
+    ends = SIZES["7b"].vocab_size * 4096
+    assert stages.gradients == 4 * (memory.parameters(SIZES["7b"]) - 2 * ends) // 4 + 4 * ends
+    assert memory.trainable(SIZES["7b"], copies) == whole.parameters
+
+
+def test_longer_rows_and_larger_batches_need_more() -> None:
+    totals = [
+        memory.estimate(SIZES["1.8b"], changed(Recipe(), **more)).total
+        for more in ({}, {"max_length": 2048}, {"max_length": 2048, "batch_size": 4}, {"recompute": False})
+    ]
+    assert totals[0] < totals[1] < totals[2] and totals[0] < totals[3]
+
+
+def test_sizes() -> None:
+    assert memory.parse_size("58GB") == 58 << 30 and memory.parse_size(" 1.5 KiB ") == 1536
+    assert memory.parse_size("7") == 7 and memory.parse_size("3m") == 3 << 20
+    with pytest.raises(ConfigError, match="'much' is no size; write 58GB"):
+        memory.parse_size("much")
+    assert (memory.shown(1536 << 20), memory.shown(5 << 20)) == ("1.5 GiB", "5 MiB")
+
+
+def test_what_the_device_has() -> None:
+    assert memory.device_memory("ascend") is None
+    assert memory.device_memory("ascend", "2GB") == 2 << 30
+    free = memory.device_memory("cpu")
+    assert free is None or 0 <= free < 1 << 50
+    assert memory.device_memory("cpu", "1KB") == 1024
+
+
+@pytest.mark.slow
+def test_the_table_of_the_docs(repository: Path) -> None:
+    command = [sys.executable, "scripts/finetune_memory.py", "--lengths", "1024", "--alone"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "not measured" in lines[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert len(rows) == 12 and rows[4][:4] == ["7B", "LoRA", "1", "143.1 M (1.9%)"]
+    found = memory.estimate(SIZES["7b"], Recipe(max_length=1024), "ascend")
+    assert float(rows[4][-1]) == round(found.total / 2**30, 1)
