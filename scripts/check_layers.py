@@ -47,14 +47,16 @@ UNITS: dict[str, tuple[int, str]] = {
     "cli": (5, "cli"),
     **dict.fromkeys(("qwen_model.py", "qwen_tokenizer.py", "qwen_chat.py", "run_qwen_7b.py"), (5, "doors")),
 }
-# Commands start the other surfaces; the doors open into the commands, and into training, as do commands and MindFormers'
-# Trainer, which is a surface itself.
+# Commands start the other surfaces; the doors open into the commands and into training, and so does MindFormers'
+# Trainer, a surface itself.
 SIDEWAYS = {("cli", "serve"), ("cli", "train"), ("cli", "evals"), ("doors", "cli")}
 SIDEWAYS |= {("doors", "train"), ("mf", "train")}
 
 HEAVY = ("mindspore", "mindformers", "torch", "transformers")
 # Must import without the heavy packages. Whole units, and single files of the others.
-LIGHT_UNITS = frozenset("base demo text decode weights quant rope settings engine serve train evals cli".split())
+LIGHT_UNITS = frozenset(
+    "base demo text decode weights quant rope settings engine serve train evals cli".split()
+)
 LIGHT_FILES = frozenset(f"kernels/{name}.py" for name in ("__init__", "api", "build"))
 ASCEND_FILE, ASCEND_LAYERS = "kernels/ascend.py", "mindformers.modules"
 

@@ -1,4 +1,4 @@
-"""Print as a Markdown table what fine-tuning needs in memory: ``python scripts/finetune_memory.py [--lengths 512 2048]``.
+"""Print as a Markdown table what fine-tuning needs in memory: ``python scripts/finetune_memory.py [--lengths N ...]``.
 
 Computed from the models' shapes and the recipes in configs/finetune, not measured on an NPU.
 """

@@ -172,11 +172,12 @@ BAD = [
     ("runner_config.batch_size", 0, "runner_config.batch_size must be an integer of at least 1, got 0"),
     ("runner_wrapper.max_grad_norm", -1, "runner_wrapper.max_grad_norm must be a number of at least 0"),
     ("runner_wrapper.scale_sense", 1.0, "runner_wrapper.scale_sense must be a mapping of keys to values"),
+    ("runner_wrapper.scale_sense.scale_factor", 3, "runner_wrapper.scale_sense.scale_factor must be 2"),
     ("recompute_config.recompute", "yes", "recompute_config.recompute must be True or False"),
     ("finetune.pakking", True, "unknown key finetune.pakking (did you mean 'packing'?)"),
     ("finetune.max_length", "long", "finetune.max_length must be an integer of at least 8, got 'long'"),
     ("finetune.mask", "user", "finetune.mask must be one of 'published', 'assistant', got 'user'"),
-    ("finetune.modules_to_save", ["lm_hed"], "a list of wte, lm_head, ln_f (did you mean 'lm_head'?)"),
+    ("finetune.modules_to_save", ["lm_hed"], "a list of wte, lm_head (did you mean 'lm_head'?)"),
     ("finetune.lora_targets", ["q_proj"], "finetune.lora_targets is ['q_proj'], but"),
     ("finetune.base_dtype", "int3", "finetune.base_dtype must be 'as stored', int8, int4, int4-g64, ..."),
     ("finetune", ["packing"], "finetune must be a mapping of keys to values, found list"),
@@ -206,7 +207,7 @@ def test_bad_value(place: str, value: Any, message: str) -> None:
 
 CONTRADICTIONS = [
     ({"method": "full", "base_dtype": "int4"}, "method full trains every weight"),
-    ({"lora_targets": (), "modules_to_save": ()}, "nothing would be trained"),
+    ({"lora_targets": ()}, "lora_targets is empty; name matrices, or all"),
     ({"early_stop": 3}, "early_stop needs eval_data"),
     ({"pipeline_stage": 4, "micro_batch_num": 2}, "micro_batch_num 2 is below pipeline_stage 4"),
     ({"lora_rank": 0}, "lora_rank must be an integer of at least 1, got 0"),

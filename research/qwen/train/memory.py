@@ -26,23 +26,13 @@ from pathlib import Path
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import ConfigError
+from research.qwen.model.training_specs import AS_STORED
 from research.qwen.quant.schemes import Scheme
-from research.qwen.train.recipe import AS_STORED, Recipe
+from research.qwen.train.recipe import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LOGIT_ROWS = 256  # rows of logits computed at once
 RUNTIME = {"cpu": 800 << 20, "ascend": 2 << 30}
-GROUPS = {
-    "attention": ("attn.c_attn", "attn.c_proj"),
-    "mlp": ("mlp.w1", "mlp.w2", "mlp.c_proj"),
-    "c_attn": ("attn.c_attn",),
-    "attn.c_proj": ("attn.c_proj",),
-    "mlp.c_proj": ("mlp.c_proj",),
-    "c_proj": ("attn.c_proj", "mlp.c_proj"),
-    "w1": ("mlp.w1",),
-    "w2": ("mlp.w2",),
-}
-GROUPS["all"] = (*GROUPS["attention"], *GROUPS["mlp"])
 
 
 @dataclass(frozen=True)
@@ -92,8 +82,7 @@ def parameters(config: QwenConfig) -> int:
 
 def lora_matrices(recipe: Recipe) -> tuple[str, ...]:
     """The matrices of a layer that get LoRA, in the order of the computation."""
-    wanted = {name for target in recipe.lora_targets for name in GROUPS[target]}
-    return tuple(name for name in GROUPS["all"] if name in wanted)
+    return recipe.method_spec().matrices()
 
 
 def trainable(config: QwenConfig, recipe: Recipe) -> int:
@@ -107,7 +96,7 @@ def trainable(config: QwenConfig, recipe: Recipe) -> int:
 
 def _saved(config: QwenConfig, recipe: Recipe) -> int:
     table = config.vocab_size * config.hidden_size
-    sizes = {"wte": table, "lm_head": table, "ln_f": config.hidden_size}
+    sizes = {"wte": table, "lm_head": table}
     return sum(sizes[name] for name in set(recipe.modules_to_save))
 
 

@@ -14,12 +14,10 @@ from typing import Any, Literal
 from research.qwen.checks import Check, boolean, check_value, integer, number, one_of, text
 from research.qwen.config import suggest
 from research.qwen.errors import ConfigError
+from research.qwen.model.training_specs import AS_STORED, METHODS, TARGETS, MethodSpec, OptimizerSpec
 from research.qwen.quant.schemes import Scheme
 
-METHODS = ("full", "lora", "qlora")
-TARGETS = ("c_attn", "c_proj", "w1", "w2", "attn.c_proj", "mlp.c_proj", "attention", "mlp", "all")
-MODULES = ("wte", "lm_head", "ln_f")
-AS_STORED = "as stored"
+MODULES = ("wte", "lm_head")  # those an adapter can hold
 # What the published scripts say per method, where they differ from each other.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "full": {
@@ -164,9 +162,6 @@ class Recipe:
     loss_scale: float = setting(
         65536.0, "runner_wrapper.scale_sense.loss_scale_value", number(1), "first loss scale (float16)"
     )
-    loss_scale_factor: float = setting(
-        2.0, "runner_wrapper.scale_sense.scale_factor", number(1, open_low=True), "its change (float16)"
-    )
     loss_scale_window: int = setting(
         1000, "runner_wrapper.scale_sense.scale_window", integer(1), "steps until it grows (float16)"
     )
@@ -275,8 +270,8 @@ class Recipe:
     def _contradiction(self) -> str | None:
         if self.method == "full" and self.base_dtype != AS_STORED:
             return f"method full trains every weight, so base_dtype {self.base_dtype} has no place; use qlora"
-        if self.method != "full" and not self.lora_targets and not self.modules_to_save:
-            return "lora_targets and modules_to_save are empty: nothing would be trained"
+        if self.method != "full" and not self.lora_targets:
+            return "lora_targets is empty; name matrices, or all"
         if self.early_stop and self.eval_data is None:
             return "early_stop needs eval_data, by whose loss it decides"
         if self.lr_end > self.learning_rate:
@@ -291,6 +286,31 @@ class Recipe:
     def world(self) -> int:
         """Devices of the run."""
         return self.data_parallel * self.model_parallel * self.pipeline_stage
+
+    def method_spec(self) -> MethodSpec:
+        """What is trained, for the model."""
+        return MethodSpec(
+            kind=self.method,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=self.lora_targets,
+            modules_to_save=self.modules_to_save,
+            base=self.base_dtype,
+        )
+
+    def optimizer_spec(self, scaled: bool) -> OptimizerSpec:
+        """How it is trained; ``scaled``: the computation is float16 and needs a loss scale."""
+        return OptimizerSpec(
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decay=self.decay,
+            clip_norm=self.clip_norm or None,
+            loss_scale=self.loss_scale if scaled else None,
+            loss_scale_window=self.loss_scale_window,
+        )
 
     def curve(self) -> dict[str, Any]:
         """The settings the losses depend on, as JSON values: a run is resumed with the same ones only."""

@@ -39,7 +39,7 @@ _OTHERS: dict[str, str] = {
     "optimizer": "type betas learning_rate",
     "lr_schedule": "total_steps warmup_lr_init num_cycles",
     "runner_wrapper": "type use_clip_grad scale_sense local_norm",
-    "runner_wrapper.scale_sense": "type",
+    "runner_wrapper.scale_sense": "type scale_factor",
     "runner_config": "sink_mode sink_size num_classes stop_step",
     "recompute_config": "select_recompute parallel_optimizer_comm_recompute select_comm_recompute mp_comm_recompute "
     "recompute_slice_activation select_recompute_exclude select_comm_recompute_exclude",
@@ -178,6 +178,9 @@ def _check_fixed(raw: Mapping[str, Any], where: str) -> None:
             f"{where}: lr_schedule.total_steps must be -1 (all steps of the run), got {steps!r}; shorten the run "
             "with finetune.max_steps"
         )
+    factor = look_up(raw, "runner_wrapper.scale_sense.scale_factor")
+    if factor not in (None, 2):
+        raise ConfigError(f"{where}: runner_wrapper.scale_sense.scale_factor must be 2, got {factor!r}")
     targets = look_up(raw, f"{_PET}.target_modules")
     if isinstance(targets, str) and ("*" in targets or "|" in targets):
         raise ConfigError(f"{where}: {_PET}.{_PATTERN}, got {targets!r}")
