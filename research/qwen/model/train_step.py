@@ -1,0 +1,228 @@
+"""One optimizer step over several batches, with everything a bit-identical resume needs. NumPy in and out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from research.qwen.config import QwenConfig
+from research.qwen.errors import ConfigError, KernelError, TrainingError
+from research.qwen.interrupts import held
+from research.qwen.kernels.arrays import widen
+from research.qwen.model.lora import first_values
+from research.qwen.model.optimizer import AdamW
+from research.qwen.model.quantise import Plan, quantised_source
+from research.qwen.model.training import Gradients, TrainingModel
+from research.qwen.model.training_rows import BatchLike, count_targets, flatten
+from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
+from research.qwen.weights.names import expected
+from research.qwen.weights.readers import open_checkpoint
+
+Array = NDArray[np.float32]
+FIRST, SECOND = "adam_m.", "adam_v."
+LARGEST_SCALE, DEFAULT_SCALE = 2.0**24, 2.0**16
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``loss``: mean over all ``tokens`` learned from; ``grad_norm``: before clipping; ``overflow``: a gradient was not
+    finite, nothing was changed and the loss scale was halved (there is one with float16 only; else it is 1)."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    overflow: bool
+    loss_scale: float
+
+
+class Exchange(Protocol):
+    """Other processes that train the same model on other rows."""
+
+    rank: int
+    world: int
+
+    def sums(self, *values: float) -> list[float]:
+        """Each value summed over the processes."""
+
+    def add(self, gradients: Mapping[str, Array]) -> None:
+        """Replaces every gradient by the sum of those of all processes, in place; the names and order are the same."""
+
+
+class Alone:
+    """No other process."""
+
+    rank, world = 0, 1
+
+    def sums(self, *values: float) -> list[float]:
+        """The values."""
+        return list(values)
+
+    def add(self, gradients: Mapping[str, Array]) -> None:
+        """Nothing to add."""
+
+
+class LossScale:
+    """Dynamic loss scale (https://arxiv.org/abs/1710.03740): halved on overflow, doubled after ``window`` good steps."""
+
+    def __init__(self, start: float | None, window: int) -> None:
+        self.value, self.good = start or 1.0, 0
+        self._active, self._window = start is not None, window
+
+    def after(self, overflow: bool) -> None:
+        """Take note of a step."""
+        if not self._active:
+            return
+        self.good = 0 if overflow else self.good + 1
+        if overflow:
+            self.value = max(self.value / 2.0, 1.0)
+        elif self.good >= self._window:
+            self.value, self.good = min(self.value * 2.0, LARGEST_SCALE), 0
+
+
+class TrainStep:
+    """A model, its optimizer and where it stands."""
+
+    def __init__(
+        self,
+        config: QwenConfig,
+        model: TrainingModel,
+        parameters: Mapping[str, Array],
+        optimizer: AdamW,
+        scale: LossScale,
+        exchange: Exchange | None = None,
+    ) -> None:
+        self.config, self.model, self.optimizer, self.scale = config, model, optimizer, scale
+        self._parameters = parameters
+        self._exchange: Exchange = exchange or Alone()
+        self._steps = 0
+
+    def step(self, micro: Sequence[BatchLike], lr: float) -> StepResult:
+        """One update from all batches together: the gradient of the mean loss over every token they learn from.
+
+        Raises TrainingError if there is no such token.
+        """
+        with held():
+            loss, tokens, gradients = self.gradients(micro)
+            scaled = self.scale.value
+            norm = self.optimizer.norm(gradients) / scaled
+            overflow = not math.isfinite(norm)
+            self._steps += 1
+            self.scale.after(overflow)
+            if not overflow:
+                self.optimizer.apply(gradients, lr, norm, 1.0 / scaled)
+        return StepResult(loss, norm, tokens, overflow, scaled)
+
+    def gradients(self, micro: Sequence[BatchLike]) -> tuple[float, int, dict[str, Array]]:
+        """Mean loss, tokens learned from, and the gradients by name, times the loss scale; nothing is changed."""
+        own = [count_targets(batch) for batch in micro]
+        (total,) = self._exchange.sums(float(sum(own)))
+        if total < 1:
+            raise TrainingError("nothing to learn in this step: every label of its batches is ignored")
+        sums, loss = Gradients(), 0.0
+        for i, (batch, count) in enumerate(zip(micro, own, strict=True)):
+            if count:
+                number = self._exchange.rank * len(micro) + i
+                rows = flatten(batch, self.config)
+                loss += self.model.accumulate(rows, self.scale.value / total, sums, self._steps, number)
+        gradients = sums.complete(self._parameters)
+        self._exchange.add(gradients)
+        (loss,) = self._exchange.sums(loss)
+        return loss / total, int(total), gradients
+
+    def evaluate(self, batch: BatchLike) -> tuple[float, int]:
+        """Sum of the token losses of a batch without dropout, and how many tokens; nothing is changed."""
+        if not count_targets(batch):
+            return 0.0, 0
+        with held():
+            rows = flatten(batch, self.config)
+            return self.model.loss(rows), rows.tokens
+
+    def logits(self, batch: BatchLike) -> Array:
+        """(B, S, vocab_size), zeros at padding: for checks on small models."""
+        with held():
+            rows = flatten(batch, self.config)
+            out = np.zeros((batch.ids.size, self.config.vocab_size), np.float32)
+            out[rows.places] = self.model.logits(rows)
+        return out.reshape(*batch.ids.shape, -1)
+
+    def trainable(self) -> dict[str, Array]:
+        """The trained parameters themselves by name; copy what has to outlive the next step."""
+        return dict(self._parameters)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Everything the next step depends on, as views of live memory: write or copy it before the next step."""
+        out: dict[str, NDArray[Any]] = dict(self._parameters)
+        out |= {FIRST + name: value for name, value in self.optimizer.first.items()}
+        out |= {SECOND + name: value for name, value in self.optimizer.second.items()}
+        out["step"] = np.array(self._steps, np.int64)
+        out["updates"] = np.array(self.optimizer.updates, np.int64)
+        out["loss_scale"] = np.array(self.scale.value, np.float64)
+        out["loss_scale_good"] = np.array(self.scale.good, np.int64)
+        return out
+
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what ``state`` returned. TrainingError if it is of another model or method."""
+        own = self.state()
+        missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        if missing or extra:
+            raise TrainingError(
+                f"the state does not fit what is trained: {len(missing)} entries missing {missing[:3]}, "
+                f"{len(extra)} unknown {extra[:3]}"
+            )
+        for name, value in own.items():
+            if value.shape != state[name].shape:
+                raise TrainingError(f"state {name} has shape {state[name].shape}, expected {value.shape}")
+            if value.ndim:
+                np.copyto(value, state[name])
+        self._steps, self.optimizer.updates = int(state["step"]), int(state["updates"])
+        self.scale.value, self.scale.good = float(state["loss_scale"]), int(state["loss_scale_good"])
+
+
+def open_training(
+    checkpoint: str | Path,
+    config: QwenConfig | None = None,
+    method: MethodSpec | None = None,
+    optimizer: OptimizerSpec | None = None,
+    compute_dtype: str = "float32",
+    backend: str = "reference",
+    seed: int = 0,
+    recompute: bool = False,
+    exchange: Exchange | None = None,
+) -> TrainStep:
+    """Load a checkpoint (anything that ``open_model`` takes) for training.
+
+    ``config`` None is the one beside the checkpoint. ``seed``: of new LoRA matrices and of dropout. ``recompute``: keep
+    only the input of every layer and run it again in the backward pass. Raises CheckpointError, ConfigError,
+    KernelError, TrainingError.
+    """
+    path = Path(checkpoint)
+    method, optimizer = method or MethodSpec(), optimizer or OptimizerSpec()
+    if backend not in ("reference", "cpu"):
+        raise KernelError(f"training on backend {backend!r} is not available here; choose reference or cpu")
+    if compute_dtype != "float32":
+        raise KernelError(f"training on the CPU computes in float32, not {compute_dtype!r}")
+    opened = open_checkpoint(path)
+    shape = config or QwenConfig.from_folder(path if path.is_dir() else path.parent)
+    if method.kind == "qlora":
+        raise ConfigError("qlora is not built yet")
+    source = quantised_source(opened, shape, Plan())
+    weights: dict[str, Array] = {}
+    trained = [name for name in expected(shape) if method.kind == "full" or name in method.whole()]
+    for name in expected(shape):
+        array = widen(source.read(name), source.format(name))
+        weights[name] = array.copy() if name in trained or not array.flags.owndata else array
+    if method.kind != "full":
+        added = first_values(shape, method, seed)
+        weights |= added
+        trained = [*added, *trained]
+    model = TrainingModel(shape, method, weights, trained, seed, recompute)
+    parameters = {name: weights[name] for name in trained}
+    start = optimizer.loss_scale or (DEFAULT_SCALE if compute_dtype == "float16" else None)
+    scale = LossScale(start, optimizer.loss_scale_window)
+    return TrainStep(shape, model, parameters, AdamW(optimizer, parameters), scale, exchange)
