@@ -107,7 +107,7 @@ class ProjectBackward(nn.Cell):
 
     def __init__(self, plan: Projection):
         super().__init__()
-        self.plan_bias, self.trained, self.rank, self.scale = plan.bias, plan.trained, plan.rank, plan.scale
+        self.bias, self.trained, self.rank, self.scale = plan.bias, plan.trained, plan.rank, plan.scale
         self.dropout, self.grow = plan.keep < 1.0, 1.0 / plan.keep
         self.at = 2 if plan.bias else 1
         self.nn, self.nt, self.tn = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
@@ -115,23 +115,17 @@ class ProjectBackward(nn.Cell):
 
     def construct(self, dy: Tensor, x: Tensor, w: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         dx = self.nn(dy, w[0])
-        grads = ()
-        if self.trained:
-            grads += (self.tn(dy, x),)
-            if self.plan_bias:
-                grads += (self.sum(dy, 0),)
-        if self.rank:
-            a, b = w[self.at], w[self.at + 1]
-            if self.dropout:
-                kept = ops.cast(w[self.at + 2], ms.float32) * self.grow
-                x = x * kept
-            du = self.nn(dy, b) * self.scale  # (T, r)
-            grads += (self.tn(du, x), self.tn(dy, self.nt(x, a) * self.scale))
-            through = self.nn(du, a)
-            if self.dropout:
-                through = through * kept
-            dx = dx + through
-        return dx, grads
+        own = (self.tn(dy, x),) if self.trained else ()
+        bias = (self.sum(dy, 0),) if self.trained and self.bias else ()
+        if not self.rank:
+            return dx, own + bias
+        low, high = w[self.at], w[self.at + 1]
+        kept = ops.cast(w[self.at + 2], ms.float32) * self.grow if self.dropout else 1.0
+        x = x * kept if self.dropout else x
+        du = self.nn(dy, high) * self.scale  # (T, r)
+        through = self.nn(du, low)
+        dx = dx + (through * kept if self.dropout else through)
+        return dx, own + bias + (self.tn(du, x), self.tn(dy, self.nt(x, low) * self.scale))
 
 
 class NormForward(nn.Cell):

@@ -68,7 +68,8 @@ class Alone:
 
 
 class LossScale:
-    """Dynamic loss scale (https://arxiv.org/abs/1710.03740): halved on overflow, doubled after ``window`` good steps."""
+    """Dynamic loss scale (https://arxiv.org/abs/1710.03740): halved on overflow, doubled after ``window`` good
+    steps."""
 
     def __init__(self, start: float | None, window: int) -> None:
         self.value, self.good = start or 1.0, 0
