@@ -13,9 +13,11 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 
 
-def root_hash(alpha: float, salt: str = "") -> bytes:
-    """What the first block of a sequence has before it: keys depend on the NTK factor; salts share nothing."""
-    return hashlib.sha256(f"{float(alpha).hex()} {salt}".encode("utf-8", "surrogatepass")).digest()
+def root_hash(alpha: float, salt: str = "", adapter: str = "") -> bytes:
+    """What the first block of a sequence has before it: keys depend on the NTK factor and the adapter; salts share
+    nothing."""
+    owner = f"@{len(adapter)}:{adapter}" if adapter else ""  # no salt of another can spell this
+    return hashlib.sha256(f"{float(alpha).hex()}{owner} {salt}".encode("utf-8", "surrogatepass")).digest()
 
 
 def block_hash(parent: bytes, ids: Sequence[int]) -> bytes:

@@ -113,9 +113,8 @@ class Schedule:
             wanted = sequence.rows_wanted(count)
             rows -= wanted if sequence.scoring else 0
             ids = sequence.ids[sequence.cached : sequence.cached + count]
-            work.append(
-                (sequence, Chunk(ids, sequence.cached, tuple(sequence.blocks), sequence.alpha, wanted))
-            )
+            blocks, adapter = tuple(sequence.blocks), sequence.adapter
+            work.append((sequence, Chunk(ids, sequence.cached, blocks, sequence.alpha, wanted, adapter)))
         return work
 
     def publish(self, sequence: RunningSequence, start: int) -> None:

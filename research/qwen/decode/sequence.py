@@ -23,6 +23,7 @@ class Chunk:
     blocks: Sequence[int]  # cache blocks of the sequence, enough for start + len(ids) tokens
     alpha: float  # NTK factor, frozen at the first prefill
     logits: int  # how many last rows of logits are wanted, from none to len(ids)
+    adapter: str = ""  # name of the low-rank adapter these tokens go through; empty: the base model alone
 
 
 @dataclass(eq=False)
@@ -39,6 +40,7 @@ class RunningSequence:
     sampler: Sampler
     alpha: float
     salt: str = ""
+    adapter: str = ""
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
     scores: list[TokenLogprob | None] | None = None
@@ -65,7 +67,7 @@ class RunningSequence:
         """Hashes of the first ``count`` full blocks; ids never change, so each is computed once."""
         while len(self._hashes) < count:
             done = len(self._hashes)
-            parent = self._hashes[-1] if done else root_hash(self.alpha, self.salt)
+            parent = self._hashes[-1] if done else root_hash(self.alpha, self.salt, self.adapter)
             self._hashes.append(block_hash(parent, self.ids[done * block_size : (done + 1) * block_size]))
         return self._hashes[:count]
 

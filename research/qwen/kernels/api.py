@@ -21,6 +21,8 @@ from research.qwen.errors import KernelError
 if TYPE_CHECKING:
     from mindspore import Tensor, nn
 
+    from research.qwen.kernels.lora import Updates
+
 BACKENDS = ("cpu", "reference", "ascend")
 ONE_GRAPH = "step"
 # Published name of a matrix -> the format it is stored in (see Kernels).
@@ -52,6 +54,9 @@ class StepView:
     q_lens: Sequence[int]  # (B,) tokens of each run, each at least 1
     alphas: Sequence[float]  # (B,) NTK factor of the sequence, frozen at its prefill
     block_tables: Sequence[Sequence[int]]  # (B, ragged) blocks that hold positions 0 .. start + q_len - 1
+    adapters: Sequence[
+        int
+    ] = ()  # (B,) number of the low-rank adapter of each run, -1 for none; empty: none has one
 
     def positions(self) -> NDArray[np.int32]:
         """(T,) position of every token in its sequence."""
@@ -118,8 +123,15 @@ class Kernels(Protocol):
     def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[nn.Cell]) -> nn.Cell | None:
         """Cell (x, rows (R,), step tuple) -> (R, hidden) that runs all layers at once on their parameters, or None.
 
-        Only the asked token rows of the last layer are returned. Its ``refresh()`` is called before every run: what is
-        no input of the graph must be looked up there.
+        Only the asked token rows of the last layer are returned. Its ``refresh(of)`` is called before every run: what
+        is no input of the graph must be looked up there; ``of`` is what lora.row_adapters makes of the view. Its
+        ``adapt(adapters)`` does what that of the backend does.
+        """
+
+    def adapt(self, layers: Sequence[nn.Cell], adapters: Sequence[Updates]) -> Sequence[nn.Cell]:
+        """Layers, not fused, in which a token may have one of these low-rank adapters (``StepView.adapters``).
+
+        The step tuple becomes longer by what says which one. KernelError if the backend cannot.
         """
 
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:

@@ -32,6 +32,7 @@ from research.qwen.kernels.ascend_quant import (
 )
 from research.qwen.kernels.devices import ascend_problem, ascend_soc
 from research.qwen.kernels.layer import Layer
+from research.qwen.kernels.lora import RankMask, Updates, adapted_layers
 from research.qwen.kernels.packing import packing
 from research.qwen.rope import logn_factors, rotary_tables
 
@@ -53,6 +54,7 @@ class AscendKernels:
     """Backend of fused operators; weights of any stored format become the compute dtype when they are set."""
 
     name = "ascend"
+    ranks: RankMask | None = None  # once a model has adapters
 
     def __init__(self, dtype: str, fused: FusedOps, flat_cache: bool = False, soc: str = ""):
         self.activation_dtype = dtype
@@ -107,6 +109,11 @@ class AscendKernels:
         """The layers run one by one."""
         return None
 
+    def adapt(self, layers: Sequence[Layer], adapters: Sequence[Updates]) -> Sequence[nn.Cell]:
+        """The layers with plain products in the compute dtype beside their matrices."""
+        self.ranks = RankMask(adapters)
+        return adapted_layers(self, layers, adapters, self.ranks)
+
     def graph_key(self, view: StepView) -> str:
         """``prefill`` if every run starts its sequence, else ``paged``."""
         return PAGED if any(view.starts) else PREFILL
@@ -115,7 +122,7 @@ class AscendKernels:
         """Prefill: cos, sin (T, d), logn (T, 1), positions, slots (T,), lengths (B,).
 
         Paged: the same (lengths = tokens in the cache after this pass), then tables (B, M),
-        mask (T, M * block_size) and q_lens (B,).
+        mask (T, M * block_size) and q_lens (B,). With adapters the mask of RankMask is the last of either.
         """
         cos, sin = rotary_tables(view.starts, view.q_lens, view.alphas, config)
         positions = view.positions()
@@ -136,6 +143,8 @@ class AscendKernels:
                 hidden.astype(self._numpy) * self._numpy(MASKED),
                 np.asarray(view.q_lens, np.int32),
             ]
+        if self.ranks is not None:
+            arrays.append(self.ranks.rows(view).astype(self._numpy))
         return tuple(Tensor.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
     def step_signature(self, config: QwenConfig, cache: CacheSpec, key: str = PREFILL) -> tuple[Tensor, ...]:
@@ -150,6 +159,8 @@ class AscendKernels:
         ]
         if key == PAGED:
             shapes += [([None, None], ms.int32), ([None, None], self._type), ([None], ms.int32)]
+        if self.ranks is not None:
+            shapes.append(([None, self.ranks.total], self._type))
         return tuple(Tensor(shape=shape, dtype=dtype) for shape, dtype in shapes)
 
     def parameter(self, array: NDArray[Any], fmt: str) -> Tensor:

@@ -47,7 +47,7 @@ AMX = (*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 DOT = ("-march=armv8.2-a+dotprod",)
 # Portable sources, and groups of kernels (GROUP_isa.cc, entry point GROUP_ISA) with their instruction sets.
 PORTABLE = tuple(
-    "isa pool linear attention pointwise quantise quant layer ops ops_attention ops_quant ops_layer".split()
+    "isa pool linear attention pointwise quantise quant lora layer ops ops_attention ops_quant ops_layer".split()
 )
 X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
 ARM = {"base": (), "dot": DOT}

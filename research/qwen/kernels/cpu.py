@@ -25,6 +25,7 @@ from research.qwen.kernels.cpu_layer import FusedStack, PackedEmbedding, PackedL
 from research.qwen.kernels.cpu_ops import F32, I32, TYPES, operator
 from research.qwen.kernels.kv_layout import SUFFIX, cache_arrays, read_cache
 from research.qwen.kernels.layer import Layer
+from research.qwen.kernels.lora import Updates
 from research.qwen.kernels.native import NativeLibrary
 from research.qwen.kernels.packing import packing
 from research.qwen.kernels.parameters import placeholder, zero_cache
@@ -205,6 +206,10 @@ class CpuKernels:
     def fuse(self, config: QwenConfig, cache: CacheSpec, layers: Sequence[Layer]) -> FusedStack:
         """Cell (x, rows, step) -> (R, hidden): all layers as one operator."""
         return FusedStack(self._library, config, cache, list(layers), self._exact)
+
+    def adapt(self, layers: Sequence[Layer], adapters: Sequence[Updates]) -> Sequence[Layer]:
+        """KernelError: adapters are computed in the fused layers, which see to them themselves."""
+        raise KernelError("backend cpu computes adapters in its fused layers only")
 
     def rms_norm(self, dim: int, eps: float) -> RmsNorm:
         """Cell (T, dim) -> (T, dim)."""

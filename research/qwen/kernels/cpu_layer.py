@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
+from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
 from research.qwen.kernels.api import CacheSpec
+from research.qwen.kernels.cpu_lora import AdapterTable
 from research.qwen.kernels.cpu_ops import F32, I32, I64, TYPES, numbered_operator, operator
 from research.qwen.kernels.layer import Layer
+from research.qwen.kernels.lora import Updates
 from research.qwen.kernels.packing import Packing
 from research.qwen.kernels.parameters import placeholder
 
@@ -141,26 +145,31 @@ class FusedStack(nn.Cell):  # type: ignore[misc]
             names = [*layer.attn.core.caches(), layer.ln_1.weight, layer.ln_2.weight]
             parameters += names + [name for matrix in matrices for name in matrix.parts()]
         self.plan_tensor = Tensor(np.array(plan, np.int32))
-        self._table = np.zeros(len(parameters), np.int64)
+        self._table = np.zeros(1 + len(parameters), np.int64)  # the first: adapters of this pass, or 0
         self.addresses = placeholder("addresses", 1, np.int64)  # a parameter: constants of a graph are copies
         self.addresses.set_data(Tensor.from_numpy(self._table), slice_shape=True)
-        self._owners = (
-            layers,
-            parameters,
-        )  # a tuple, so that they do not become cells and parameters of ours
+        # A tuple, so that they do not become cells and parameters of ours.
+        self._owners = (layers, parameters)
+        self._adapters: AdapterTable | None = None
         self.kernel = operator(library, "QwenStack", F32, I32, I64, I32, F32, F32, F32, I32, I32, I32, I32)
 
-    def refresh(self) -> None:
+    def adapt(self, adapters: Sequence[Updates]) -> None:
+        """From now on a token may have one of these adapters, by its place."""
+        self._adapters = AdapterTable(len(self._owners[0]), adapters)
+
+    def refresh(self, of: NDArray[np.int32] | None = None) -> None:
         """Look the addresses up: a parameter may have been given other data. Before every run.
 
-        Raises ValueError for a weight that is not loaded.
+        ``of``: (T,) number of every token's adapter, -1 for none; None if no token has one. Raises ValueError for a
+        weight that is not loaded, KernelError for an adapter that is not there.
         """
         layers, parameters = self._owners
-        if not self._table.any():
+        if not self._table[1:].any():
             for layer in layers:
                 for matrix in _matrices(layer):
                     matrix.inputs()  # says which one is not loaded
-        self._table[:] = [parameter.data_ptr() for parameter in parameters]
+        self._table[0] = self._adapters.address(of) if self._adapters is not None else 0
+        self._table[1:] = [parameter.data_ptr() for parameter in parameters]
 
     def construct(self, x: Tensor, rows: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         """x (T, hidden) float32, rows (R,) int32, the tuple of ``make_step`` -> (R, hidden) float32 of these rows."""

@@ -15,6 +15,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
 from research.qwen.kernels.arrays import widen
 from research.qwen.kernels.layer import Layer
+from research.qwen.kernels.lora import RankMask, Updates, adapted_layers
 from research.qwen.kernels.parameters import placeholder, zero_cache
 from research.qwen.kernels.reference_kv import keeper
 from research.qwen.quant.schemes import Scheme, dequantize_packed
@@ -26,6 +27,7 @@ class ReferenceKernels:
 
     name = "reference"
     activation_dtype = "float32"
+    ranks: RankMask | None = None  # once a model has adapters
 
     def linear(self, n_in: int, n_out: int, bias: bool, fmt: str) -> nn.Cell:
         """Cell x (T, n_in) -> x W^T + b (T, n_out)."""
@@ -55,6 +57,11 @@ class ReferenceKernels:
         """The layers run one by one."""
         return None
 
+    def adapt(self, layers: Sequence[Layer], adapters: Sequence[Updates]) -> Sequence[nn.Cell]:
+        """The layers with plain products beside their matrices."""
+        self.ranks = RankMask(adapters)
+        return adapted_layers(self, layers, adapters, self.ranks)
+
     def make_step(self, view: StepView, config: QwenConfig, cache: CacheSpec) -> tuple[Tensor, ...]:
         """Tables plus the maps between flattened tokens and rows padded to the longest run."""
         cos, sin = rotary_tables(view.starts, view.q_lens, view.alphas, config)
@@ -78,6 +85,7 @@ class ReferenceKernels:
             unpad,
             positions[pad],
             keys,
+            *((self.ranks.rows(view),) if self.ranks is not None else ()),
         )
         return tuple(Tensor.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
@@ -97,6 +105,8 @@ class ReferenceKernels:
             ([None, None], ms.int32),
             ([None], ms.int32),
         ]
+        if self.ranks is not None:
+            shapes.append(([None, self.ranks.total], ms.float32))
         return tuple(Tensor(shape=shape, dtype=dtype) for shape, dtype in shapes)
 
     def graph_key(self, view: StepView) -> str:

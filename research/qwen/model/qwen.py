@@ -6,10 +6,13 @@ Names are the published checkpoint's, so parameters need no renaming.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mindspore import Tensor, nn, ops
 
 from research.qwen.config import QwenConfig
 from research.qwen.kernels.api import CacheSpec, FormatOf, Kernels
+from research.qwen.kernels.lora import Updates
 
 
 class Transformer(nn.Cell):
@@ -23,6 +26,13 @@ class Transformer(nn.Cell):
         )
         self.fused = kernels.fuse(config, cache, list(self.h))
         self.ln_f = kernels.rms_norm(config.hidden_size, config.layer_norm_epsilon)
+
+    def adapt(self, kernels: Kernels, adapters: Sequence[Updates]) -> None:
+        """Compute these low-rank adapters beside the weights, once those are loaded (``StepView.adapters``)."""
+        if self.fused is not None:
+            self.fused.adapt(adapters)
+        else:
+            self.h = nn.CellList(list(kernels.adapt(list(self.h), adapters)), auto_prefix=False)
 
     def construct(self, ids: Tensor, rows: Tensor, step: tuple[Tensor, ...]) -> Tensor:
         x = self.wte(ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -16,6 +16,7 @@ from research.qwen.decode.loop import Chunk
 from research.qwen.errors import PromptError
 from research.qwen.interrupts import held
 from research.qwen.kernels.api import CacheSpec, Kernels, StepView
+from research.qwen.kernels.lora import Updates, row_adapters
 from research.qwen.model.loading import TensorSource, load_weights, storage_format
 from research.qwen.model.qwen import HiddenStates, QwenModel
 from research.qwen.rope import ntk_alpha
@@ -56,8 +57,16 @@ class Runtime:
     """A loaded model. ``forward`` is the only way in; it validates ids first, since an id outside the table would
     make every later graph call of the process fail."""
 
-    def __init__(self, config: QwenConfig, kernels: Kernels, cache: CacheSpec, model: QwenModel):
+    def __init__(
+        self,
+        config: QwenConfig,
+        kernels: Kernels,
+        cache: CacheSpec,
+        model: QwenModel,
+        adapters: Sequence[str] = (),
+    ):
         self.config, self.kernels, self.cache, self.model = config, kernels, cache, model
+        self.adapters = tuple(adapters)
         self.vocab_size = config.vocab_size
         self.max_length = min(config.max_length, cache.tokens)
         self.num_blocks, self.block_size = cache.num_blocks, cache.block_size
@@ -66,11 +75,20 @@ class Runtime:
         self._hidden: Graph | None = None
 
     @classmethod
-    def load(cls, config: QwenConfig, source: TensorSource, kernels: Kernels, cache: CacheSpec) -> Runtime:
-        """Build the model for a checkpoint and set its weights."""
+    def load(
+        cls,
+        config: QwenConfig,
+        source: TensorSource,
+        kernels: Kernels,
+        cache: CacheSpec,
+        adapters: Mapping[str, Updates] | None = None,
+    ) -> Runtime:
+        """Build the model for a checkpoint and set its weights; ``adapters`` by name, see ``Chunk.adapter``."""
         model = QwenModel(config, kernels, cache, lambda name: storage_format(source, name))
         load_weights(model, source, kernels, config)
-        return cls(config, kernels, cache, model)
+        if adapters:
+            model.transformer.adapt(kernels, list(adapters.values()))
+        return cls(config, kernels, cache, model, tuple(adapters or ()))
 
     @property
     def compilations(self) -> int:
@@ -97,6 +115,17 @@ class Runtime:
             self._hidden = Graph(HiddenStates(self.model), self.config, self.kernels, self.cache)
         return self._run(self._hidden, chunks)
 
+    def _numbers(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Number of each chunk's adapter, -1 for none; an empty list where no chunk has one."""
+        if not any(chunk.adapter for chunk in chunks):
+            return []
+        unknown = [chunk.adapter for chunk in chunks if chunk.adapter not in ("", *self.adapters)]
+        if unknown:
+            raise PromptError(
+                f"there is no adapter {unknown[0]!r}; loaded: {', '.join(self.adapters) or 'none'}"
+            )
+        return [self.adapters.index(chunk.adapter) if chunk.adapter else -1 for chunk in chunks]
+
     def _run(self, graph: Graph, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         ids = np.concatenate([np.asarray(chunk.ids, np.int64) for chunk in chunks])
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
@@ -107,6 +136,7 @@ class Runtime:
             q_lens=[len(chunk.ids) for chunk in chunks],
             alphas=[chunk.alpha for chunk in chunks],
             block_tables=[chunk.blocks for chunk in chunks],
+            adapters=self._numbers(chunks),
         )
         ends = np.cumsum(view.q_lens)
         wanted = [np.arange(end - chunk.logits, end) for end, chunk in zip(ends, chunks, strict=True)]
@@ -116,7 +146,7 @@ class Runtime:
         step = self.kernels.make_step(view, self.config, self.cache)
         with self._lock, held():
             if self.model.transformer.fused is not None:
-                self.model.transformer.fused.refresh()
+                self.model.transformer.fused.refresh(row_adapters(view))
             inputs = (Tensor.from_numpy(ids.astype(np.int32)), Tensor.from_numpy(asked), *step)
             out = graph.run(self.kernels.graph_key(view), *inputs)
         return np.asarray(out.asnumpy(), np.float32)[: rows.size]

@@ -1,42 +1,15 @@
 #include "layer.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
+#include "arena.h"
 #include "linear.h"
 #include "pointwise.h"
 #include "pool.h"
 
 namespace qwen {
 namespace {
-
-// Intermediate values of the one layer that runs at a time; grown as needed and kept for the next one.
-class Arena {
- public:
-  bool reserve(int64_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return true;
-    std::free(data_);
-    data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    size_ = data_ ? bytes : 0;
-    return data_ != nullptr;
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* const at = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes<T>(count);
-    return at;
-  }
-  template <class T>
-  static int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char* data_ = nullptr;
-  int64_t size_ = 0, used_ = 0;
-};
 
 Arena& arena() {
   static Arena* const one = new Arena;  // never destroyed: see the pool
@@ -67,12 +40,13 @@ bool same_scheme(const QuantWeight& a, const QuantWeight& b) {
   return same_inputs(a, b) && a.bits == b.bits && a.group == b.group && !a.zeros == !b.zeros;
 }
 
-
 struct Layer {
   const LayerArgs& a;
   int64_t rows;  // of the current step
   float *qkv, *mixed, *normed, *gate, *up, *middle;
   void* quant;
+  int32_t* picked;      // adapters of the wanted rows
+  AdapterRows adapted;  // of the rows of the current step
 
   bool integer(const Matrix& w) const { return w.quantised && !a.exact; }
 
@@ -93,8 +67,42 @@ struct Layer {
     return apply(w, x, rows, a.exact, residual, y);
   }
 
+  // Adds what the adapters say of matrix `i` in the order of LayerArgs.
+  int adapt(int i, const Matrix& w, const float* x, float* y) {
+    if (!adapted.of) return 0;
+    return add_low_rank(adapted, a.low_rank + i * adapted.adapters, x, w.k, y, w.n);
+  }
+
+  // c_attn of ln_1(x).
+  int project() {
+    if (const int error = norm_apply(a.x, a.ln_1, a.c_attn, qkv)) return error;
+    if (!adapted.of) return 0;
+    if (integer(a.c_attn)) rms_norm(a.x, a.ln_1, a.eps, normed, rows, a.hidden);
+    return adapt(0, a.c_attn, normed, qkv);
+  }
+
+  // gate = w1(x) * silu(w2(x)) of x = ln_2(middle), with the adapters' part before the product: the same bits where
+  // there is none.
+  int adapted_gate() {
+    rms_norm(middle, a.ln_2, a.eps, normed, rows, a.hidden);
+    if (integer(a.w1) && integer(a.w2) && same_inputs(a.w1.packed, a.w2.packed)) {
+      const QuantInput in = quantize_rows(normed, rows, a.w1.packed, quant);
+      if (const int error = quant_linear(in, a.w1.packed, nullptr, nullptr, gate)) return error;
+      if (const int error = quant_linear(in, a.w2.packed, nullptr, nullptr, up)) return error;
+    } else {
+      if (const int error = apply_rows(a.w1, normed, nullptr, gate)) return error;
+      if (const int error = apply_rows(a.w2, normed, nullptr, up)) return error;
+    }
+    if (const int error = adapt(2, a.w1, normed, gate)) return error;
+    if (const int error = adapt(3, a.w2, normed, up)) return error;
+    swiglu(gate, up, gate, rows * a.w1.n);
+    return 0;
+  }
+
   int mlp() {
-    if (integer(a.w1) && integer(a.w2) && same_scheme(a.w1.packed, a.w2.packed)) {
+    if (adapted.of) {
+      if (const int error = adapted_gate()) return error;
+    } else if (integer(a.w1) && integer(a.w2) && same_scheme(a.w1.packed, a.w2.packed)) {
       const QuantWeight& w = a.w1.packed;
       const QuantInput in = norm_quantize_rows(middle, a.ln_2, a.eps, rows, w, quant);
       if (const int error = quant_gated(in, w, a.w2.packed, gate)) return error;
@@ -104,7 +112,8 @@ struct Layer {
       if (const int error = apply_rows(a.w2, normed, nullptr, up)) return error;
       swiglu(gate, up, gate, rows * a.w1.n);
     }
-    return apply_rows(a.mlp_proj, gate, middle, a.y);
+    if (const int error = apply_rows(a.mlp_proj, gate, middle, a.y)) return error;
+    return adapt(4, a.mlp_proj, gate, a.y);
   }
 
   // The wanted rows of x.
@@ -114,8 +123,14 @@ struct Layer {
     return to;
   }
 
+  void pick_adapters() {
+    if (!adapted.of) return;
+    for (int64_t i = 0; i < rows; ++i) picked[i] = a.adapted.of[a.wanted[i]];
+    adapted.of = picked, adapted.rows = rows;
+  }
+
   int run() {
-    if (const int error = norm_apply(a.x, a.ln_1, a.c_attn, qkv)) return error;
+    if (const int error = project()) return error;
     AttentionArgs attend = a.attention;
     attend.qkv = qkv;
     attend.y = mixed;
@@ -125,8 +140,10 @@ struct Layer {
       rows = a.wanted_count;
       from = pick(mixed, normed);
       residual = pick(a.x, qkv);
+      pick_adapters();
     }
     if (const int error = apply_rows(a.attn_proj, from, residual, middle)) return error;
+    if (const int error = adapt(1, a.attn_proj, from, middle)) return error;
     return mlp();
   }
 };
@@ -161,7 +178,7 @@ int layer(const LayerArgs& a) {
   const int64_t t = a.wanted && a.wanted_count > a.rows ? a.wanted_count : a.rows, wide = a.w1.n;
   const int64_t packed = quant_bytes(a, t);
   const int64_t need = Arena::bytes<float>(t * 3 * a.hidden) + 3 * Arena::bytes<float>(t * a.hidden) +
-                       2 * Arena::bytes<float>(t * wide) + Arena::bytes<char>(packed);
+                       2 * Arena::bytes<float>(t * wide) + Arena::bytes<char>(packed) + Arena::bytes<int32_t>(t);
   if (!arena().reserve(need)) return 3;
   Layer l{a, a.rows};
   l.qkv = arena().take<float>(t * 3 * a.hidden);
@@ -171,6 +188,8 @@ int layer(const LayerArgs& a) {
   l.gate = arena().take<float>(t * wide);
   l.up = arena().take<float>(t * wide);
   l.quant = arena().take<char>(packed);
+  l.picked = arena().take<int32_t>(t);
+  l.adapted = a.adapted;
   return l.run();
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "lora.h"
 #include "quant.h"
 
 namespace qwen {
@@ -29,6 +30,8 @@ struct LayerArgs {
   const float *ln_1, *ln_2;     // (hidden,)
   AttentionArgs attention;      // all but qkv and y
   Matrix c_attn, attn_proj, w1, w2, mlp_proj;
+  AdapterRows adapted;          // of the T tokens; of is null: none has an adapter
+  const LowRank* low_rank;      // (5, adapters), of the matrices in the order above
 };
 
 // y = x W^T + b + residual on all threads; inside a Turn. residual: (rows, n) or null, may be y.

@@ -77,9 +77,17 @@ void read_layer(int cache_format, const int32_t*& plan, void**& p, LayerArgs* a)
   }
 }
 
+// What the first address of a stack's table points to, if it is not null: who has which adapter in this pass.
+struct Adapted {
+  const int32_t* of;  // (tokens,)
+  int64_t tokens, adapters;
+  LowRank weights[1];  // (layers, 5, adapters)
+};
+static_assert(sizeof(Adapted) == 6 * sizeof(int64_t), "kernels/cpu_lora.py writes it as int64");
+
 // All layers one after another. inputs x, plan, table, rows (R,), then as for read_step; output (R, hidden): those rows
-// of the last layer. `table` (int64) holds the addresses of what read_layer takes, layer after layer: as inputs they
-// would cost MindSpore 0.1 ms a layer and token.
+// of the last layer. `table` (int64) holds the address of an Adapted or null, then the addresses of what read_layer
+// takes, layer after layer: as inputs they would cost MindSpore 0.1 ms a layer and token.
 int stack_op(void** p, int64_t** shapes) {
   if (isa() == kNone) return 1;
   const auto* plan = static_cast<const int32_t*>(p[1]);
@@ -94,6 +102,11 @@ int stack_op(void** p, int64_t** shapes) {
   static_assert(sizeof(void*) == sizeof(int64_t), "addresses travel as int64");
   void** own = static_cast<void**>(p[2]);
   void** const end = own + shapes[2][0];
+  const auto* adapted = static_cast<const Adapted*>(*own++);
+  if (adapted) {
+    if (adapted->tokens != a.rows) return 1;
+    a.adapted = {adapted->of, a.rows, adapted->adapters};
+  }
   const int32_t* matrices = plan + kMatrices;
   Turn turn;
   a.y = between_layers(a.rows * a.hidden);
@@ -105,6 +118,7 @@ int stack_op(void** p, int64_t** shapes) {
       a.wanted = wanted, a.wanted_count = shapes[3][0];
     }
     read_layer(plan[kCacheFormat], matrices, own, &a);
+    if (adapted) a.low_rank = adapted->weights + i * 5 * adapted->adapters;
     if (const int error = layer(a)) return error;
   }
   return own == end ? 0 : 1;
