@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": "serve a model to OpenAI clients, with a web page to chat (needs the extra [serve])",
     "convert": "convert weights: Hugging Face to MindSpore and back, export as Qwen2",
     "quantize": "write a checkpoint with int8 or int4 weights, so that later starts only map it",
+    "finetune": "train a model on conversations: full, LoRA or Q-LoRA; resumable",
     "merge": "add a LoRA adapter to its base model: a Hugging Face folder that serves like any other",
     "data": "check training data, or convert it (published JSON, OpenAI messages, Alpaca, MindRecord)",
     "info": "show what a checkpoint is, and what this machine can run it on",

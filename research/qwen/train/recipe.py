@@ -189,8 +189,8 @@ class Recipe:
         "You are a helpful assistant.", f"{_OWN}.system", text, "system message where a sample has none"
     )
     packing: bool = setting(False, f"{_OWN}.packing", boolean, "several short samples in one row")
-    pad: Literal["longest", "max"] = setting(
-        "longest", f"{_OWN}.pad", one_of("longest", "max"), "max: all rows max_length long, as on ascend"
+    pad: Literal["multiple", "max"] = setting(
+        "multiple", f"{_OWN}.pad", one_of("multiple", "max"), "rows as long as needed, or max: max_length"
     )
     shuffle: bool = setting(True, "train_dataset.data_loader.shuffle", boolean, "new order each epoch")
     skip_bad: bool = setting(False, f"{_OWN}.skip_bad", boolean, "leave bad samples out instead of stopping")
