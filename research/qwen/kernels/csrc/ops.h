@@ -9,9 +9,12 @@ class AotExtra;
 }
 
 #define KERNEL(name) \
-  extern "C" int name(int count, void** p, int*, int64_t** shapes, const char**, void*, void*)
+  extern "C" int name(int count, void** p, int* ndims, int64_t** shapes, const char**, void*, void*)
 #define INFER(name) \
   extern "C" std::vector<int64_t> name##InferShape(int* ndims, int64_t** shapes, mindspore::AotExtra*)
+// For more than one output.
+#define INFER2(name) \
+  extern "C" std::vector<std::vector<int64_t>> name##InferShape(int* ndims, int64_t** shapes, mindspore::AotExtra*)
 
 namespace qwen {
 
