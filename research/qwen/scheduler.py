@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -62,8 +62,7 @@ class _Order:
     ticket: Ticket
     prompt_ids: list[int]
     params: SamplingParams
-    processors: Processors
-    cache_salt: str
+    options: Mapping[str, Any]  # of ``Requests.open``
 
 
 class Scheduler:
@@ -87,6 +86,8 @@ class Scheduler:
     ):
         if max_queue < 1:
             raise RequestError(f"max_queue must be at least 1, got {max_queue}")
+        if mixed_chunk is not None and mixed_chunk < 1:
+            raise RequestError(f"mixed_chunk must be at least 1, got {mixed_chunk}")
         self.engine, self.max_queue, self.warm_embeddings = engine, max_queue, warm_embeddings
         self._requests, self._loop = engine.requests, engine.requests.loop
         self._pace = Pace(stretch) if mixed_chunk is None else None
@@ -135,6 +136,7 @@ class Scheduler:
         *,
         processors: Processors = (),
         cache_salt: str = "",
+        adapter: str = "",
     ) -> Ticket:
         """Queue a request. Returns at once.
 
@@ -144,12 +146,14 @@ class Scheduler:
                 request is cancelled.
             processors: logits processors; or a function that makes those of a choice from its number.
             cache_salt: only requests with the same one share cached prompts.
+            adapter: name of the low-rank adapter to answer with.
         Raises:
             PromptError, RequestError: the request can never be served.
             BusyError: ``max_queue`` requests wait already.
             ClosedError: the scheduler is draining, closed or failed.
         """
-        ids = self._requests.check(prompt_ids, params)
+        ids = self._requests.check(prompt_ids, params, adapter)
+        options = {"processors": processors, "cache_salt": cache_salt, "adapter": adapter}
         with self._wake:
             self._check_open()
             if self._waiting() >= self.max_queue:
@@ -157,7 +161,7 @@ class Scheduler:
             self._last_id += 1
             ticket = Ticket(self._last_id, deliver, self._cancel)
             self._tickets[ticket.id] = ticket
-            self._orders.append(_Order(ticket, ids, params, processors, cache_salt))
+            self._orders.append(_Order(ticket, ids, params, options))
             self._wake.notify_all()
         return ticket
 
@@ -296,8 +300,7 @@ class Scheduler:
                 order.prompt_ids,
                 order.params,
                 lambda item: self._hand_over(ticket, item),
-                processors=order.processors,
-                cache_salt=order.cache_salt,
+                **order.options,
             )
         except Exception as error:
             self._hand_over(ticket, error)

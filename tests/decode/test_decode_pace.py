@@ -4,55 +4,81 @@ from __future__ import annotations
 
 import pytest
 
-from research.qwen.decode.pace import LARGEST, SMALLEST, Pace
+from research.qwen.decode.pace import LARGEST, REST, ROWS, SMALLEST, Pace
+
+
+def read(pace, decoding, plain, token, steps=60):
+    """Steps that read what the pace allows; the longest of the last ten, in plain steps."""
+    budget, stretches = pace.budget, []
+    for _ in range(steps):
+        stretches.append(1 + token * budget / plain)
+        budget = pace.note(decoding, budget, plain * stretches[-1])
+    return max(stretches[-10:])
 
 
 def settle(pace, decoding, plain, token, steps=60):
-    """Plain steps, then steps that read what the pace allows; the stretch of the last one."""
+    """The same after plain steps."""
     for _ in range(5):
         pace.note(decoding, 0, plain)
-    for _ in range(steps):
-        budget = pace.budget
-        seconds = plain + token * budget
-        pace.note(decoding, budget, seconds)
-    return seconds / plain
+    return read(pace, decoding, plain, token, steps)
 
 
 @pytest.mark.parametrize("plain, token", [(0.03, 0.003), (0.06, 0.001), (0.2, 0.01)])
 def test_steps_stay_within_the_stretch(plain, token):
     pace = Pace(2.5)
-    assert 2.3 < settle(pace, 4, plain, token) <= 2.5
-    assert pace.budget == pytest.approx(1.5 * plain / token, abs=1.5)
+    stretch = settle(pace, 4, plain, token)
+    assert 2.5 - ROWS * token / plain < stretch <= 2.5
+    assert (pace.budget + 4) % ROWS == 0 or pace.budget < ROWS, "whole groups of rows"
 
 
 def test_slow_and_fast_machines_have_bounds():
     slow, fast = Pace(2.5), Pace(2.5)
     settle(slow, 1, 0.01, 1.0)
     settle(fast, 1, 0.01, 0.0)
-    assert (slow.budget, fast.budget) == (SMALLEST, LARGEST)
+    assert (slow.budget, fast.budget) == (SMALLEST, LARGEST - 1)  # 256 rows with the one that decodes
 
 
 def test_it_follows_the_number_of_answers():
     pace = Pace(2.5)
     settle(pace, 16, 0.12, 0.002)
-    assert pace.budget == 90
+    assert pace.budget == 80  # 90 would do: in whole groups of rows
     pace.note(1, 0, 0.03)
-    assert pace.budget == 16, "another prompt begins small: what lies before it in the cache is not known"
+    assert pace.budget == 15, "another prompt begins small: what lies before it in the cache is not known"
     assert settle(pace, 2, 0.03, 0.002) <= 2.5
     assert settle(pace, 16, 0.12, 0.002) <= 2.5
-    assert pace.budget == 90
+    assert pace.budget == 80
 
 
 def test_the_budget_grows_in_steps():
     pace = Pace(2.5)
     pace.note(4, 0, 0.1)
-    assert [pace.note(4, pace.budget, 0.1) for _ in range(4)] == [24, 36, 54, 81]
+    assert pace.budget == 12
+    assert [pace.note(4, pace.budget, 0.1) for _ in range(5)] == [28, 44, 60, 76, 108]
+
+
+def test_between_steps_that_read_some_only_decode():
+    pace = Pace(2.5)
+    pace.note(4, 0, 0.1)
+    budgets = [pace.note(4, pace.budget, 0.1) for _ in range(REST)]
+    assert all(budgets[:-1]) and budgets[-1] == 0
+    assert pace.note(4, 0, 0.1) == pace.budget > 16, "the prompt goes on as it was read before"
+
+
+def test_a_machine_that_gets_slower_does_not_stop_the_prompt():
+    pace = Pace(2.5)
+    settle(pace, 4, 0.06, 0.001)
+    before = pace.budget
+    slow = read(pace, 4, 0.6, 0.01, steps=80)
+    assert slow <= 2.5
+    assert pace.budget == before
 
 
 def test_one_disturbed_step_changes_nothing():
     pace = Pace(2.5)
     settle(pace, 4, 0.06, 0.001)
-    assert pace.note(4, 90, 9.0) == pace.note(4, 90, 0.0) == 90
+    for seconds in (9.0, 0.0):
+        pace.note(4, 76, seconds)
+        assert pace.budget == 76
     plain = Pace(2.5)
     for seconds in (0.06, 0.06, 9.0, 0.06):
         plain.note(4, 0, seconds)

@@ -138,9 +138,9 @@ class GenerationLoop:
         return self.schedule.decoded, self.schedule.read
 
     def limit_mixed(self, tokens: int) -> None:
-        """Read at most so many prompt tokens in a step in which others decode."""
-        if tokens < 1:
-            raise RequestError(f"mixed_chunk must be at least 1, got {tokens}")
+        """Read at most so many prompt tokens in a step in which others decode; 0: for now none."""
+        if tokens < 0:
+            raise RequestError(f"mixed_chunk must be at least 0, got {tokens}")
         limits = self.schedule.limits
         self.schedule.limits = replace(limits, mixed_chunk=min(tokens, limits.prefill_chunk))
 
@@ -153,6 +153,7 @@ class GenerationLoop:
         stop_sequences: Sequence[Sequence[int]] = (),
         processors: Processors = (),
         cache_salt: str = "",
+        adapter: str = "",
     ) -> int:
         """Queue a request; its key. ``params.n`` choices run as sequences of their own.
 
@@ -162,10 +163,11 @@ class GenerationLoop:
             processors: applied to every row of logits, see ``sampling.LogitsProcessor``; or a function that makes
                 those of a choice from its number, where they have state.
             cache_salt: only requests with the same one share cached prompts.
+            adapter: name of the low-rank adapter the model computes with; different ones share nothing either.
         Raises:
             PromptError, RequestError: as ``check``.
         """
-        prompt = self.check(prompt_ids, params)
+        prompt = self.check(prompt_ids, params, adapter)
         self._last_key += 1
         end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
         for choice in range(params.n):
@@ -181,17 +183,18 @@ class GenerationLoop:
                 sampler=Sampler(params, prompt, choice=choice, processors=chain, end_ids=end_ids),
                 alpha=self.lm.rope_alpha(len(prompt)),
                 salt=cache_salt,
+                adapter=adapter,
             )
             self.schedule.waiting.append(sequence)
         return self._last_key
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str = "") -> list[int]:
         """The prompt as a list of int; may be called from any thread.
 
         Raises:
             PromptError: the prompt is empty, has ids outside the vocabulary, or cannot fit into context or cache
                 however long it waits.
-            RequestError: the parameters name ids outside the vocabulary.
+            RequestError: the parameters name ids outside the vocabulary, or there is no such adapter.
         """
         prompt = [int(token) for token in prompt_ids]
         if not prompt:
@@ -211,6 +214,9 @@ class GenerationLoop:
                 f"({self.lm.num_blocks} blocks of {self.lm.block_size}); raise num_blocks"
             )
         _check_named_ids(params, self.lm.vocab_size)
+        loaded = getattr(self.lm, "adapters", ())
+        if adapter and adapter not in loaded:
+            raise RequestError(f"there is no adapter {adapter!r}; loaded: {', '.join(loaded) or 'none'}")
         return prompt
 
     def cancel(self, key: int, choice: int | None = None) -> None:
