@@ -140,6 +140,7 @@ def loop_options(recipe: Recipe) -> LoopOptions:
         log_every=recipe.log_steps,
         keep_last=recipe.keep,
         patience=recipe.early_stop or None,
+        tensorboard=recipe.tensorboard,
     )
 
 
