@@ -39,7 +39,7 @@ UNITS: dict[str, tuple[int, str]] = {
     "settings.py": (1, "settings"),
     "kernels": (2, "kernels"),
     "model": (3, "model"),
-    **dict.fromkeys(("engine.py", "answers.py", "scheduler.py"), (4, "engine")),
+    **dict.fromkeys(("engine.py", "answers.py", "prompts.py", "scheduler.py"), (4, "engine")),
     "mf": (4, "mf"),
     "serve": (5, "serve"),
     "train": (5, "train"),

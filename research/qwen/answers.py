@@ -195,6 +195,7 @@ class Requests:
         *,
         processors: Processors = (),
         cache_salt: str = "",
+        adapter: str = "",
     ) -> Request:
         """Queue one request whose deltas, or error, go to ``sink`` from within ``pump``.
 
@@ -202,7 +203,12 @@ class Requests:
         """
         with self.lock:
             key = self.loop.add(
-                prompt_ids, params, self.eos_ids, processors=processors, cache_salt=cache_salt
+                prompt_ids,
+                params,
+                self.eos_ids,
+                processors=processors,
+                cache_salt=cache_salt,
+                adapter=adapter,
             )
             request = Request(key, prompt_ids, params, self.tokenizer, sink)
             self._requests[key] = request
@@ -228,11 +234,11 @@ class Requests:
             for event in events:
                 self._route(event)
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams, adapter: str = "") -> list[int]:
         """The prompt as a list of int, if it can be served; from any thread. Raises as ``GenerationLoop.check``."""
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a vocabulary; use stop_token_ids")
-        return self.loop.check(prompt_ids, params)
+        return self.loop.check(prompt_ids, params, adapter)
 
     def _note_start(self, key: int) -> None:
         request = self._requests.get(key)

@@ -7,7 +7,6 @@ MindSpore nor MindFormers; ``from_pretrained`` loads the model behind it lazily.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from research.qwen.decode.loop import Chunk, GenerationLoop, LanguageModel
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import LogitsError, PromptError, RequestError
 from research.qwen.messages import Delta, Message
+from research.qwen.prompts import Prompt, as_list, as_message, find_tokenizer
 from research.qwen.text import chatml
 from research.qwen.text.tokenizer import QwenTokenizer
 
@@ -30,9 +30,6 @@ NO_VOCABULARY = (
     "This model was loaded without one: put its qwen.tiktoken beside the checkpoint, name it (vocab_file), set "
     "QWEN_TIKTOKEN, or pip install dashscope, which ships the published file; token ids work without"
 )
-
-log = logging.getLogger(__name__)
-Prompt = str | Sequence[int]
 T = TypeVar("T")
 
 
@@ -94,6 +91,7 @@ class Engine:
         num_blocks: int | None = None,
         block_size: int = 16,
         threads: int | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         **options: Any,
     ) -> Engine:
         """Load a Hugging Face folder, a converted folder, or a .ckpt / .safetensors file with its YAML beside it.
@@ -106,6 +104,8 @@ class Engine:
             backend: cpu, reference or ascend; None follows the device.
             config: YAML to read the model from instead of config.json.
             num_blocks, block_size: size of the paged KV cache; None fits the context and the memory at hand.
+            adapters: LoRA adapters by name (folders as peft writes them) that share the weights; ``adapter`` of a
+                request chooses one.
             options: max_batch, prefill_chunk, mixed_chunk, use_cache, prefix_caching as for Engine.
         Raises:
             ConfigError, CheckpointError, VocabularyError, KernelError: each says what is wrong and how to mend it.
@@ -114,8 +114,10 @@ class Engine:
         from research.qwen.model.precision import Precision
 
         precision = Precision(dtype, lm_head_dtype, embedding_dtype, kv_dtype, activations)
-        opened = open_model(path, device, backend, config, precision, num_blocks, block_size, threads)
-        tokenizer = _find_tokenizer(vocab_file or opened.vocab_file, opened.folder, opened.runtime.vocab_size)
+        opened = open_model(
+            path, device, backend, config, precision, num_blocks, block_size, threads, adapters
+        )
+        tokenizer = find_tokenizer(vocab_file or opened.vocab_file, opened.folder, opened.runtime.vocab_size)
         return cls(opened.runtime, tokenizer, generation=opened.generation, eos_ids=opened.eos_ids, **options)
 
     def _default_eos(self) -> tuple[int, ...]:
@@ -139,61 +141,82 @@ class Engine:
 
     # ---- asking ----
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may choose."""
+        return tuple(getattr(self.lm, "adapters", ()))
+
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        adapter: str | Sequence[str] = "",
     ) -> list[Result]:
         """Complete prompts (texts, or lists of ids) together; results in the order of the prompts.
 
-        Raises PromptError for an empty or too long prompt or ids outside the vocabulary, before anything runs.
+        ``adapter``: name of the one to use, or one for each prompt; empty is the base model. Raises PromptError for an
+        empty or too long prompt or ids outside the vocabulary, RequestError for an unknown adapter, before anything
+        runs.
         """
         params = params or self.default_params()
-        encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
-        requests = self._submit(encoded, params)
+        encoded = [self._encode(prompt) for prompt in as_list(prompts)]
+        names = [adapter] * len(encoded) if isinstance(adapter, str) else list(adapter)
+        if len(names) != len(encoded):
+            raise RequestError(f"{len(names)} adapters for {len(encoded)} prompts; give one, or one for each")
+        requests = self._submit(encoded, params, names)
         try:
             return [self._collect(request, params) for request in requests]
         finally:
             for request in requests:  # after an interruption the others must not go on
                 self.requests.close(request)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str = ""
+    ) -> Iterator[Delta]:
         """Complete one prompt, yielding deltas of whole characters; the last one has finish reason and usage.
 
         Closing the iterator early cancels the request and frees its cache.
         """
         params = params or self.default_params()
-        return self._deltas(self._submit([self._encode(prompt)], params)[0])
+        return self._deltas(self._submit([self._encode(prompt)], params, [adapter])[0])
 
     def chat(
-        self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        adapter: str = "",
     ) -> Result:
         """Answer a conversation (Message values, or mappings with role and content).
 
         Without a system message the published default is used. Raises PromptError if the prompt is too long.
         """
-        return self.generate([self.render(messages)], params)[0]
+        return self.generate([self.render(messages)], params, adapter)[0]
 
     def chat_stream(
-        self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        adapter: str = "",
     ) -> Iterator[Delta]:
         """Like ``chat``, as a stream of deltas."""
-        return self.stream(self.render(messages), params)
+        return self.stream(self.render(messages), params, adapter)
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
         """Prompt ids of a conversation in ChatML, ready for the assistant's answer."""
         if self.tokenizer is None:
             raise RequestError(f"chat needs a vocabulary. {NO_VOCABULARY}")
-        turns = [_as_message(message, place) for place, message in enumerate(messages)]
+        turns = [as_message(message, place) for place, message in enumerate(messages)]
         if not turns:
             raise PromptError("messages is empty; give at least one user message")
         if turns[0].role != "system":
             turns.insert(0, Message("system", chatml.DEFAULT_SYSTEM))
         return chatml.render(turns, self.tokenizer)
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], adapter: str = "") -> NDArray[np.float32]:
         """(T, V) float32 logits of one pass over ``ids``."""
-        return np.concatenate([rows for rows in self._passes(self._check_ids(list(ids)))])
+        return np.concatenate([rows for rows in self._passes(self._check_ids(list(ids)), adapter)])
 
-    def score(self, prompt: Prompt, continuation: Prompt | None = None) -> Score:
+    def score(self, prompt: Prompt, continuation: Prompt | None = None, adapter: str = "") -> Score:
         """Log-probabilities of a continuation after a prompt; without one, of the prompt after its first token."""
         head = self._encode(prompt)
         tail = self._encode(continuation) if continuation is not None else head[1:]
@@ -202,7 +225,7 @@ class Engine:
             raise PromptError("nothing to score: give two tokens or more, or a continuation")
         first = len(ids) - len(tail)
         logprobs, greedy, start = [], [], 0
-        for rows in self._passes(self._check_ids(ids)):
+        for rows in self._passes(self._check_ids(ids), adapter):
             for place in range(max(start, first - 1), min(start + len(rows), len(ids) - 1)):
                 row, target = rows[place - start].astype(np.float64), ids[place + 1]
                 top = row.max()
@@ -247,9 +270,14 @@ class Engine:
         with self._lock:
             self._loop.pool.forget()
 
-    def _submit(self, encoded: Sequence[list[int]], params: SamplingParams) -> list[Request]:
-        checked = [self.requests.check(ids, params) for ids in encoded]  # all or nothing
-        return [self.requests.open(ids, params) for ids in checked]
+    def _submit(
+        self, encoded: Sequence[list[int]], params: SamplingParams, adapters: Sequence[str]
+    ) -> list[Request]:
+        asked = list(zip(encoded, adapters, strict=True))
+        checked = [self.requests.check(ids, params, name) for ids, name in asked]  # all or nothing
+        return [
+            self.requests.open(ids, params, adapter=name) for ids, name in zip(checked, adapters, strict=True)
+        ]
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
         try:
@@ -278,14 +306,16 @@ class Engine:
 
     # ---- passes beside the loop ----
 
-    def embed(self, batch: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def embed(self, batch: Sequence[Sequence[int]], adapter: str = "") -> NDArray[np.float32]:
         """(B, hidden) embeddings of unit length: the mean of the hidden states of all tokens of each row of ids.
 
         Raises PromptError for an empty batch or row, ids outside the vocabulary, or too many of them.
         """
-        return finish(self.embed_steps(batch))
+        return finish(self.embed_steps(batch, adapter))
 
-    def embed_steps(self, batch: Sequence[Sequence[int]]) -> Generator[None, None, NDArray[np.float32]]:
+    def embed_steps(
+        self, batch: Sequence[Sequence[int]], adapter: str = ""
+    ) -> Generator[None, None, NDArray[np.float32]]:
         """``embed`` as a generator that yields between its passes, so that others get their turn."""
         checked = [self._check_ids(self._check_types(ids)) for ids in batch]
         if not checked:
@@ -293,7 +323,7 @@ class Engine:
         means = []
         for ids in checked:
             total: NDArray[np.float64] | float = 0.0
-            for chunk in self._chunks(ids, EMBED_CHUNK):
+            for chunk in self._chunks(ids, EMBED_CHUNK, adapter):
                 with self._lock:
                     rows = self.lm.hidden([chunk])
                 total = total + rows.sum(axis=0, dtype=np.float64)
@@ -307,14 +337,14 @@ class Engine:
             means.append(total / length)  # the direction of the mean
         return np.asarray(means, np.float32)
 
-    def _passes(self, ids: list[int]) -> Iterator[NDArray[np.float32]]:
+    def _passes(self, ids: list[int], adapter: str) -> Iterator[NDArray[np.float32]]:
         """Logits of ``ids`` in bounded pieces."""
-        for chunk in self._chunks(ids, SCORE_CHUNK):
+        for chunk in self._chunks(ids, SCORE_CHUNK, adapter):
             with self._lock:
                 rows = self.lm.forward([chunk])
             yield rows
 
-    def _chunks(self, ids: list[int], size: int) -> Iterator[Chunk]:
+    def _chunks(self, ids: list[int], size: int, adapter: str) -> Iterator[Chunk]:
         """``ids`` in pieces, in cache blocks taken from the pool until the last one is done."""
         with self._lock:
             blocks = self._loop.take_blocks(-(-len(ids) // self.lm.block_size))
@@ -322,7 +352,7 @@ class Engine:
             alpha = self.lm.rope_alpha(len(ids))
             for start in range(0, len(ids), size):
                 part = ids[start : start + size]
-                yield Chunk(part, start, blocks, alpha, len(part))
+                yield Chunk(part, start, blocks, alpha, len(part), adapter)
         finally:
             with self._lock:
                 self._loop.pool.free(blocks)
@@ -335,45 +365,3 @@ def finish(steps: Generator[None, None, T]) -> T:
             next(steps)
         except StopIteration as end:
             return end.value
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    listed = list(prompts)
-    if listed and all(isinstance(item, int | np.integer) for item in listed):
-        return [listed]  # type: ignore[list-item]
-    return listed  # type: ignore[return-value]
-
-
-def _as_message(message: Message | Mapping[str, Any], place: int) -> Message:
-    if isinstance(message, Message):
-        return message
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise RequestError(f"messages[{place}].role is {role!r}; use system, user, assistant or tool")
-    if not isinstance(content, str):
-        raise RequestError(f"messages[{place}].content must be a string, got {type(content).__name__}")
-    return Message(role, content)
-
-
-def _find_tokenizer(vocab_file: str | Path | None, folder: Path, rows: int) -> QwenTokenizer | None:
-    """The checkpoint's vocabulary; None if only the published one is at hand and has more tokens than the model."""
-    from research.qwen.errors import VocabularyError
-    from research.qwen.text.tokenizer import find_vocab_file
-
-    try:
-        tokenizer = QwenTokenizer(find_vocab_file(vocab_file, folder))
-    except VocabularyError as error:
-        if vocab_file is not None or (folder / "qwen.tiktoken").exists():
-            raise
-        log.warning("no vocabulary: prompts are token ids. %s", error)
-        return None
-    if len(tokenizer) > rows:
-        if vocab_file is not None or (folder / "qwen.tiktoken").exists():
-            raise VocabularyError(
-                f"{tokenizer.vocab_file} has {len(tokenizer)} tokens, the model only {rows} rows: not its vocabulary"
-            )
-        log.warning("the published vocabulary does not fit a model of %d rows: prompts are token ids", rows)
-        return None
-    return tokenizer

@@ -18,6 +18,7 @@ from research.qwen.cli.common import (
     add_model_options,
     add_sampling_options,
     load_engine,
+    only_adapter,
     sampling_changes,
     sampling_from,
 )
@@ -68,12 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return talk_to_server(args)
     if args.api_key is not None or args.served_model is not None:
         raise RequestError("--api-key and --model belong to a running server: give --url too")
+    adapter = only_adapter(args)
     engine = load_engine(args)
     if engine.tokenizer is None:
         raise RequestError("chat needs a vocabulary: put qwen.tiktoken beside the checkpoint or give --vocab")
     demo = "This is the tiny demo model: it only knows a dozen dialogues. Try 你好 or: 你是谁？"
     greet("" if args.model else demo)
-    return Chat(engine, sampling_from(args, engine), args.system).run()
+    return Chat(engine, sampling_from(args, engine), args.system, adapter=adapter).run()
 
 
 def talk_to_server(args: argparse.Namespace) -> int:
@@ -246,9 +248,10 @@ class Chat(Conversation):
         system: str,
         read: Callable[[str], str] = input,
         show: Callable[[str], None] | None = None,
+        adapter: str = "",
     ):
         super().__init__(system, read, show)
-        self.engine, self.params = engine, params
+        self.engine, self.params, self.adapter = engine, params, adapter
 
     def stream(self, query: str) -> Iterator[Delta]:
         """Deltas of the answer; the oldest turns are left out, with a notice, when the context is full."""
@@ -259,7 +262,7 @@ class Chat(Conversation):
         if len(kept) < len(messages):
             left_out = (len(messages) - len(kept)) // 2
             self.show(f"[context full: the oldest {left_out} turns are left out]\n")
-        return self.engine.stream(self.engine.render(kept), self.params)
+        return self.engine.stream(self.engine.render(kept), self.params, self.adapter)
 
     def configure(self, text: str) -> bool:
         """Show or set sampling values; an invalid one leaves everything as it was."""

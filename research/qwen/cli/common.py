@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research.qwen.decode.params import SamplingParams
+from research.qwen.errors import ConfigError
 from research.qwen.interrupts import held
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="beside integer weights on cpu: auto (default), int8, int16, or float32, exact",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="LoRA adapter (folder as peft writes it) beside the weights; serve takes several, requests choose by name",
+    )
     parser.add_argument("--config", help="YAML to read the model from instead of config.json")
     parser.add_argument("--vocab", help="vocabulary file qwen.tiktoken (default: beside the checkpoint)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: physical cores)")
@@ -87,6 +95,27 @@ def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
 def sampling_from(args: argparse.Namespace, engine: Engine) -> SamplingParams:
     """The checkpoint's defaults with the given options on top. RequestError for an invalid value."""
     return engine.default_params(**sampling_changes(args)).answering()
+
+
+def adapters_from(args: argparse.Namespace) -> dict[str, Path]:
+    """Name -> path of the --lora options, the name by default the folder's. ConfigError for a name given twice."""
+    found: dict[str, Path] = {}
+    for text in args.lora:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = Path(text).resolve().name, text
+        if name in found:
+            raise ConfigError(f"--lora: two adapters are called {name!r}; write NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def only_adapter(args: argparse.Namespace) -> str:
+    """Name of the adapter of a command that answers with one, empty without; ConfigError for several."""
+    names = list(adapters_from(args))
+    if len(names) > 1:
+        raise ConfigError(f"--lora was given {len(names)} times; this command answers with one adapter")
+    return names[0] if names else ""
 
 
 def load_engine(args: argparse.Namespace, **options: Any) -> Engine:
@@ -123,6 +152,7 @@ def _load_engine(args: argparse.Namespace, options: dict[str, Any]) -> Engine:
         config=args.config,
         vocab_file=args.vocab,
         threads=args.threads,
+        adapters=adapters_from(args),
         **options,
     )
     if sys.stderr.isatty():

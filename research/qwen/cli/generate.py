@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research.qwen.cli.common import add_model_options, add_sampling_options, load_engine, sampling_from
+from research.qwen.cli.common import (
+    add_model_options,
+    add_sampling_options,
+    load_engine,
+    only_adapter,
+    sampling_from,
+)
 from research.qwen.errors import PromptError
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     args = build_parser().parse_args(argv)
-    prompts = read_prompts(args)
+    prompts, adapter = read_prompts(args), only_adapter(args)
     engine = load_engine(args)
     params = sampling_from(args, engine)
     inputs: list[str | list[int]] = list(prompts)
@@ -45,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         system = [{"role": "system", "content": args.system}] if args.system is not None else []
         inputs = [engine.render([*system, {"role": "user", "content": text}]) for text in prompts]
     if len(inputs) == 1 and params.n == 1 and not args.json:
-        for delta in engine.stream(inputs[0], params):
+        for delta in engine.stream(inputs[0], params, adapter):
             print(delta.text, end="", flush=True)
         print()
         return 0
-    for prompt, result in zip(prompts, engine.generate(inputs, params), strict=True):
+    for prompt, result in zip(prompts, engine.generate(inputs, params, adapter), strict=True):
         print(as_json(prompt, result) if args.json else f"{prompt}\n{result.text}\n")
     return 0
 

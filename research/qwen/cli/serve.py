@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from research.qwen.cli.common import add_model_options, load_engine
+from research.qwen.cli.common import adapters_from, add_model_options, load_engine
 from research.qwen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -174,8 +174,13 @@ def settings_from(args: argparse.Namespace) -> ServerSettings:
 
     keys = read_keys(args.api_key, args.api_key_file)
     default_name = Path(args.model).resolve().name if args.model else "qwen-demo"
+    names, adapters = tuple(dict.fromkeys(args.served_model_name)) or (default_name,), adapters_from(args)
+    both = [name for name in names if name in adapters]
+    if both:
+        raise ConfigError(f"{both[0]!r} is the model's name and an adapter's; write --lora NAME=PATH")
     return ServerSettings(
-        model_names=tuple(dict.fromkeys(args.served_model_name)) or (default_name,),
+        model_names=names,
+        adapters=tuple(adapters),
         any_model=args.any_model,
         api_keys=keys,
         open_metrics=args.open_metrics,

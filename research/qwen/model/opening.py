@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from research.qwen.config import QwenConfig, read_json
 from research.qwen.errors import CheckpointError, ConfigError, KernelError
 from research.qwen.kernels.api import BACKENDS, CacheSpec, load_kernels
 from research.qwen.kernels.devices import resolve_device
+from research.qwen.kernels.lora import Updates
 from research.qwen.model.precision import Precision
 from research.qwen.model.quantise import native_quantiser, quantised_source
 from research.qwen.model.runtime import Runtime
 from research.qwen.settings import RunSettings, load_settings
+from research.qwen.weights.adapters import check_fits, load_adapter
 from research.qwen.weights.readers import open_checkpoint
 
 DEVICES = ("cpu", "ascend", "auto")
@@ -46,9 +49,10 @@ def open_model(
     num_blocks: int | None = None,
     block_size: int = 16,
     threads: int | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Opened:
     """Load a Hugging Face folder, a converted or quantised one, or a .ckpt / .safetensors file with its YAML beside
-    it. ``precision`` None: everything as stored, and the device's defaults."""
+    it. ``precision`` None: everything as stored, and the device's defaults. ``adapters``: folders by name."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
@@ -57,15 +61,36 @@ def open_model(
     folder = path if path.is_dir() else path.parent
     shape = settings.model if settings is not None else QwenConfig.from_folder(folder)
     wanted = precision or Precision()
+    updates = adapter_updates(adapters or {}, shape)
     source = quantised_source(
         open_checkpoint(path), shape, wanted.plan(name), native_quantiser(name, threads)
     )
     kernels = load_kernels(name, **backend_options(name, wanted, threads))
     cache = cache_spec(shape, name, num_blocks, block_size, wanted.cache_format(name))
-    runtime = Runtime.load(shape, source, kernels, cache)
+    runtime = Runtime.load(shape, source, kernels, cache, updates)
     generation = generation_defaults(folder, settings)
     eos = settings.eos_ids if settings is not None else None
     return Opened(runtime, folder, generation, eos, settings.vocab_file if settings is not None else None)
+
+
+def adapter_updates(adapters: Mapping[str, str | Path], config: QwenConfig) -> dict[str, Updates]:
+    """What each adapter adds to the layers' matrices. ConfigError for a bad name; CheckpointError for an adapter that
+    is damaged, for another model, or changes more than the layers, which cannot be shared."""
+    found: dict[str, Updates] = {}
+    for name, path in adapters.items():
+        if not name or name != name.strip():
+            raise ConfigError(f"an adapter needs a name without spaces around it, got {name!r} for {path}")
+        adapter = load_adapter(path)
+        check_fits(adapter, config)
+        whole = [tensor.removesuffix(".weight") for tensor in adapter.saved]
+        outside = whole + [module for module in adapter.updates() if not module.startswith("transformer.h.")]
+        if outside:
+            raise CheckpointError(
+                f"{path} changes {' and '.join(outside)}, which adapters over one base share: merge it into a model of "
+                f"its own (python -m research.qwen.cli merge BASE {path} OUT) and use that"
+            )
+        found[name] = adapter.updates()
+    return found
 
 
 def resolve_backend(device: str, backend: str | None) -> str:

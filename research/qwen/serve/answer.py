@@ -7,7 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
@@ -41,6 +41,7 @@ class Ask:
     params: SamplingParams
     processors: Callable[[int], Sequence[LogitsProcessor]] | None = None
     cache_salt: str = ""
+    adapter: str = ""
 
 
 class Answers:
@@ -76,7 +77,9 @@ class Answers:
 
     def _submit(self) -> None:
         number, ask = self._left[0]
-        options = {"processors": ask.processors} if ask.processors is not None else {}
+        options: dict[str, Any] = {"processors": ask.processors} if ask.processors is not None else {}
+        if ask.adapter:
+            options["adapter"] = ask.adapter
         deliver = self._deliver(number)
         ticket = self._state.submit(ask.prompt_ids, ask.params, deliver, cache_salt=ask.cache_salt, **options)
         self._left.popleft()

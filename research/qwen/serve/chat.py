@@ -85,7 +85,7 @@ def prepare(state: ServerState, body: ChatRequest, model: str) -> ChatJob:
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     return ChatJob(
-        ask=Ask(ids, params, prompt.processors, body.cache_salt or ""),
+        ask=Ask(ids, params, prompt.processors, body.cache_salt or "", state.adapter_of(model)),
         head=_head(kind, model, body.request_id),
         choices=_choice_maker(state, body, prompt),
         usage=usage,

@@ -99,7 +99,8 @@ def prepare(state: ServerState, body: CompletionRequest, model: str) -> Completi
         token_ids=bool(body.return_token_ids),
     )
     form = constraint_of(state.engine, body)
-    asks = [Ask(ids, params, form, body.cache_salt or "") for ids in prompts]
+    adapter = state.adapter_of(model)
+    asks = [Ask(ids, params, form, body.cache_salt or "", adapter) for ids in prompts]
     return CompletionJob(asks, _head(model, body.request_id), options, n, usage)
 
 

@@ -59,7 +59,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
     tokens = sum(map(len, prompts))
     note(request, prompt_tokens=tokens, inputs=len(prompts))
     with state.embedding_slot():
-        vectors = await unless_gone(request, _embed(state, prompts))
+        vectors = await unless_gone(request, _embed(state, prompts, state.adapter_of(name)))
     if body.dimensions not in (None, vectors.shape[1]):
         raise ApiError(400, f"dimensions can only be {vectors.shape[1]} here", param="dimensions")
     return await run_in_threadpool(_answer, vectors, body.encoding_format, name, tokens)
@@ -98,13 +98,13 @@ def _ids(state: ServerState, item: Any, where: str) -> list[int]:
     return item
 
 
-async def _embed(state: ServerState, prompts: list[list[int]]) -> NDArray[np.float32]:
+async def _embed(state: ServerState, prompts: list[list[int]], adapter: str) -> NDArray[np.float32]:
     """(B, hidden) vectors, a few inputs a call."""
     vectors = []
     for batch in _batches(prompts):
 
         def work(engine: Engine, batch: list[list[int]] = batch) -> Any:
-            return engine.embed_steps(batch)  # in pieces: running answers go on between them
+            return engine.embed_steps(batch, adapter)  # in pieces: running answers go on between them
 
         vectors.append(await asyncio.wrap_future(state.scheduler.call(work)))
     return np.concatenate(vectors)

@@ -16,16 +16,17 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The names the model answers to."""
+    """The names the model answers to, and its adapters, whose parent it is."""
     state: ServerState = request.app.state.qwen
-    return {"object": "list", "data": [_card(state, name) for name in state.settings.model_names]}
+    names = state.settings.model_names + state.settings.adapters
+    return {"object": "list", "data": [_card(state, name) for name in names]}
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(request: Request, model: str) -> dict[str, Any]:
     """One of them."""
     state: ServerState = request.app.state.qwen
-    if model not in state.settings.model_names:
+    if model not in state.settings.model_names + state.settings.adapters:
         raise ApiError(404, "there is no such model here", param="model", code="model_not_found")
     return _card(state, model)
 
@@ -33,7 +34,9 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
 def _card(state: ServerState, name: str) -> dict[str, Any]:
     length = state.engine.lm.max_length if state.phase == "ready" else None
     card = {"id": name, "object": "model", "created": state.settings.created, "owned_by": "qwen-mindspore"}
-    return {**card, "root": state.model_name, "parent": None, "max_model_len": length}
+    adapter = state.adapter_of(name)
+    parent = state.model_name if adapter else None
+    return {**card, "root": adapter or state.model_name, "parent": parent, "max_model_len": length}
 
 
 @router.head("/health", include_in_schema=False)

@@ -29,6 +29,7 @@ class ServerSettings:
 
     Args:
         model_names: names the model answers to; responses carry the first.
+        adapters: names of the engine's adapters, each of them a model of its own for requests.
         any_model: accept other names, too (else they are a 404).
         api_keys: if there are any, every route but /health and the page needs one of them.
         open_metrics: /metrics needs no key.
@@ -45,6 +46,7 @@ class ServerSettings:
     """
 
     model_names: tuple[str, ...] = ("qwen",)
+    adapters: tuple[str, ...] = ()
     any_model: bool = False
     api_keys: tuple[str, ...] = ()
     open_metrics: bool = False
@@ -143,14 +145,20 @@ class ServerState:
 
     def check_model(self, name: str | None) -> str:
         """The name of the model for responses; ApiError 404 for one that is not served. None is the default."""
+        if name in self.settings.adapters:
+            return name
         if name in (None, "") or self.settings.any_model:
             return self.model_name
         if name not in self.settings.model_names:
-            served = ", ".join(self.settings.model_names)
+            served = ", ".join(self.settings.model_names + self.settings.adapters)
             raise ApiError(
                 404, f"there is no such model here; served: {served}", param="model", code="model_not_found"
             )
         return name
+
+    def adapter_of(self, model: str) -> str:
+        """The adapter behind a name that ``check_model`` gave; empty for the base model."""
+        return model if model in self.settings.adapters else ""
 
     def check_context(
         self, prompt_tokens: int, new_tokens: int | None = None, *, param: str = "prompt"
@@ -171,7 +179,7 @@ class ServerState:
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, deliver: Deliver, **options: Any
     ) -> WatchedTicket:
-        """``Scheduler.submit`` with the metrics of the request; ``options`` are processors and cache_salt.
+        """``Scheduler.submit`` with the metrics of the request; ``options`` are processors, cache_salt and adapter.
 
         ``deliver`` is called on the model thread. Raises what the scheduler raises, ClosedError if not ready.
         """
