@@ -1,4 +1,5 @@
-// Entry points for the tests and benchmarks of integer weights, see quant.h. An array without elements stands for null.
+// Entry points of integer weights for training (QwenUnpack), tests and benchmarks, see quant.h. An array without elements
+// stands for null.
 // `about` is int64 (n, k, bits, group, wide) of the weights.
 #include <cstring>
 #include <vector>
@@ -95,5 +96,18 @@ KERNEL(QwenTestDequantizeRows) {
   const qwen::QuantWeight w = qwen::weight(a, 0, 3, 4);
   for (int64_t i = 0; i < a.rows(5); ++i)
     qwen::dequantize_row(w, a.at<int64_t>(5)[i], a.at<float>(6) + i * w.k);
+  return 0;
+}
+
+// inputs weight, scales, zeros, order, about; output (N, K): the matrix in float32, inputs in the order of the model
+KERNEL(QwenUnpack) {
+  const Arrays a = {p, shapes};
+  const qwen::QuantWeight w = qwen::weight(a, 0, 3, 4);
+  if (shapes[5][0] != w.n || shapes[5][1] != w.k) return 1;
+  float* const out = a.at<float>(5);
+  qwen::Turn turn;
+  qwen::parallel(w.n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) qwen::dequantize_row(w, row, out + row * w.k);
+  });
   return 0;
 }
