@@ -27,15 +27,16 @@ TYPES: dict[Any, Any] = {
 }
 
 
-def operator(library: Path, name: str, *inputs: Any) -> ops.Custom:
-    """The C++ function ``name`` with inputs of these registration types and one float32 output."""
+def operator(library: Path, name: str, *inputs: Any, outputs: int = 1) -> ops.Custom:
+    """The C++ function ``name`` with inputs of these registration types and float32 outputs."""
     registration = CustomRegOp()  # without it MindSpore dies with "The pointer[value] is null"
     for i in range(len(inputs)):
         registration = registration.input(i, f"x{i}")
-    info = registration.output(0, "y").dtype_format(*inputs, F32).target("CPU").get_op_info()
-    return ops.Custom(
-        f"{library}:{name}", out_shape=None, out_dtype=ms.float32, func_type="aot", reg_info=info
-    )
+    for i in range(outputs):
+        registration = registration.output(i, "y" if outputs == 1 else f"y{i}")
+    info = registration.dtype_format(*inputs, *[F32] * outputs).target("CPU").get_op_info()
+    kinds = ms.float32 if outputs == 1 else (ms.float32,) * outputs
+    return ops.Custom(f"{library}:{name}", out_shape=None, out_dtype=kinds, func_type="aot", reg_info=info)
 
 
 def numbered_operator(library: Path, family: str, *inputs: Any) -> ops.Custom:

@@ -12,20 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
-from research.qwen.errors import ConfigError, KernelError, TrainingError
+from research.qwen.errors import KernelError, TrainingError
 from research.qwen.interrupts import held
-from research.qwen.kernels.arrays import widen
-from research.qwen.model.lora import first_values
+from research.qwen.kernels.training_ways import cpu_way, reference_way
 from research.qwen.model.optimizer import AdamW
-from research.qwen.model.quantise import Plan, quantised_source
 from research.qwen.model.training import Gradients, TrainingModel
 from research.qwen.model.training_rows import BatchLike, count_targets, flatten
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
-from research.qwen.weights.names import expected
-from research.qwen.weights.readers import open_checkpoint
+from research.qwen.model.training_weights import training_weights
 
 Array = NDArray[np.float32]
 FIRST, SECOND = "adam_m.", "adam_v."
+BACKENDS = ("reference", "cpu")
 LARGEST_SCALE, DEFAULT_SCALE = 2.0**24, 2.0**16
 
 
@@ -125,7 +123,8 @@ class TrainStep:
         (total,) = self._exchange.sums(float(sum(own)))
         if total < 1:
             raise TrainingError("nothing to learn in this step: every label of its batches is ignored")
-        sums, loss = Gradients(), 0.0
+        native = self.model.way.optimizer
+        sums, loss = Gradients(native.add) if native else Gradients(), 0.0
         for i, (batch, count) in enumerate(zip(micro, own, strict=True)):
             if count:
                 number = self._exchange.rank * len(micro) + i
@@ -196,34 +195,25 @@ def open_training(
     recompute: bool = False,
     exchange: Exchange | None = None,
 ) -> TrainStep:
-    """Load a checkpoint (anything that ``open_model`` takes) for training.
+    """Load a checkpoint (anything that ``open_model`` takes) for training on the CPU.
 
     ``config`` None is the one beside the checkpoint. ``seed``: of new LoRA matrices and of dropout. ``recompute``: keep
     only the input of every layer and run it again in the backward pass. Raises CheckpointError, ConfigError,
     KernelError, TrainingError.
     """
-    path = Path(checkpoint)
     method, optimizer = method or MethodSpec(), optimizer or OptimizerSpec()
-    if backend not in ("reference", "cpu"):
-        raise KernelError(f"training on backend {backend!r} is not available here; choose reference or cpu")
+    if backend not in BACKENDS:
+        raise KernelError(f"backend {backend!r} does not train here; choose one of {', '.join(BACKENDS)}")
     if compute_dtype != "float32":
         raise KernelError(f"training on the CPU computes in float32, not {compute_dtype!r}")
-    opened = open_checkpoint(path)
-    shape = config or QwenConfig.from_folder(path if path.is_dir() else path.parent)
-    if method.kind == "qlora":
-        raise ConfigError("qlora is not built yet")
-    source = quantised_source(opened, shape, Plan())
-    weights: dict[str, Array] = {}
-    trained = [name for name in expected(shape) if method.kind == "full" or name in method.whole()]
-    for name in expected(shape):
-        array = widen(source.read(name), source.format(name))
-        weights[name] = array.copy() if name in trained or not array.flags.owndata else array
-    if method.kind != "full":
-        added = first_values(shape, method, seed)
-        weights |= added
-        trained = [*added, *trained]
-    model = TrainingModel(shape, method, weights, trained, seed, recompute)
-    parameters = {name: weights[name] for name in trained}
+    way = cpu_way() if backend == "cpu" else reference_way()
+    found = training_weights(Path(checkpoint), config, method, backend, seed)
+    model = TrainingModel(
+        found.config, method, found.arrays, found.trained, seed, recompute, found.frozen, way
+    )
+    parameters = found.parameters()
     start = optimizer.loss_scale or (DEFAULT_SCALE if compute_dtype == "float16" else None)
     scale = LossScale(start, optimizer.loss_scale_window)
-    return TrainStep(shape, model, parameters, AdamW(optimizer, parameters), scale, exchange)
+    native = way.optimizer
+    adamw = AdamW(optimizer, parameters, *((native.update, native.square_sum) if native else ()))
+    return TrainStep(found.config, model, parameters, adamw, scale, exchange)

@@ -6,6 +6,7 @@ is seen by the next run. Gradients of several batches are summed as each layer g
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.kernels import training as cells
+from research.qwen.kernels.native_unpack import numpy_unpack
+from research.qwen.kernels.training_ways import Way, reference_way
+from research.qwen.model.frozen import FrozenMatrices
 from research.qwen.model.lora import Dropout
 from research.qwen.model.training_rows import Rows
 from research.qwen.model.training_specs import MethodSpec
@@ -24,7 +28,6 @@ from research.qwen.weights.names import expected
 
 Array = NDArray[np.float32]
 WTE, LN_F, HEAD = "transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight"
-HEAD_ROWS = 512  # token rows whose logits are alive at a time
 
 
 class Graph:
@@ -48,10 +51,14 @@ class Graph:
 
 
 class Gradients:
-    """Sums of gradients by parameter name. The first array of a parameter is taken over, not copied."""
+    """Sums of gradients by parameter name. The first array of a parameter is taken over, not copied.
 
-    def __init__(self) -> None:
+    ``plus(x, y)`` adds y to x in place.
+    """
+
+    def __init__(self, plus: Callable[[Array, Array], object] = operator.iadd) -> None:
         self.arrays: dict[str, Array] = {}
+        self._plus = plus
 
     def add(self, name: str, value: Array) -> None:
         """Add a gradient; the array belongs to this object from now on."""
@@ -59,7 +66,7 @@ class Gradients:
         if have is None:
             self.arrays[name] = value
         else:
-            have += value
+            self._plus(have, value)
 
     def add_rows(self, name: str, shape: tuple[int, ...], rows: NDArray[np.int32], values: Array) -> None:
         """Add values (R, H) to the rows (R,) of a gradient; a row may be named twice."""
@@ -76,10 +83,8 @@ class Gradients:
 
 
 class TrainingModel:
-    """Loss and gradients of a model whose weights lie in ``weights`` (published and LoRA names, float32).
-
-    ``matrix(name)`` gives the float32 tensor of one frozen matrix where it is stored otherwise; it has to stay valid
-    until the same matrix of another layer is asked for.
+    """Loss and gradients of a model whose weights lie in ``weights`` (published and LoRA names, float32), or in
+    ``frozen`` as they are stored.
     """
 
     def __init__(
@@ -90,15 +95,17 @@ class TrainingModel:
         trained: Sequence[str],
         seed: int = 0,
         recompute: bool = False,
-        matrix: Callable[[str], Tensor | None] = lambda name: None,
+        frozen: FrozenMatrices | None = None,
+        way: Way | None = None,
     ) -> None:
         self.config, self.weights, self.recompute = config, weights, recompute
         self.trained = frozenset(trained)
         self.dropout = Dropout(0.0 if method.kind == "full" else method.dropout, seed)
         self.plan = layer_plan(config, method, self.dropout.keep)
         self._quiet = layer_plan(config, method, 1.0)
-        self._matrix = matrix
+        self._frozen = frozen or FrozenMatrices(numpy_unpack)
         self._tensors = {name: Tensor.from_numpy(array) for name, array in weights.items()}
+        self.way = way or reference_way()
         self._graphs: dict[str, Graph] = {}
 
     def accumulate(
@@ -108,7 +115,7 @@ class TrainingModel:
 
         ``step`` and ``micro`` number the pass for dropout.
         """
-        tensors = [Tensor.from_numpy(np.ascontiguousarray(a)) for a in rows.step]
+        tensors = self._step(rows)
         masks = self._masks(step, micro, rows)
         forward = self._graph("forward", self.plan)
         x = Tensor.from_numpy(self._embed(rows.ids))
@@ -140,8 +147,8 @@ class TrainingModel:
         """Sum of the losses of the targets, without dropout; keeps nothing."""
         x, total = self._hidden(rows), 0.0
         graph = self._graph("loss")
-        for start in range(0, rows.tokens, HEAD_ROWS):
-            at = slice(start, start + HEAD_ROWS)
+        for start in range(0, rows.tokens, self.way.head_rows):
+            at = slice(start, start + self.way.head_rows)
             inputs = (x[rows.rows[at]], rows.targets[at])
             losses = graph(*map(Tensor.from_numpy, inputs), self._tensor(LN_F), self._tensor(HEAD))
             total += float(losses.asnumpy().sum(dtype=np.float64))
@@ -154,7 +161,7 @@ class TrainingModel:
         return out
 
     def _hidden(self, rows: Rows) -> Array:
-        tensors = [Tensor.from_numpy(np.ascontiguousarray(a)) for a in rows.step]
+        tensors = self._step(rows)
         graph = self._graph("forward" if self.plan == self._quiet else "quiet", self._quiet)
         x = Tensor.from_numpy(self._embed(rows.ids))
         for layer in range(self.config.num_layers):
@@ -162,18 +169,22 @@ class TrainingModel:
         out: Array = x.asnumpy()
         return out
 
+    def _step(self, rows: Rows) -> list[Tensor]:
+        return [Tensor.from_numpy(np.ascontiguousarray(a)) for a in self.way.step(rows)]
+
     def _embed(self, ids: NDArray[np.int32]) -> Array:
-        return self.weights[WTE][ids]
+        return self._frozen.rows(WTE, ids) if WTE in self._frozen else self.weights[WTE][ids]
 
     def _head(self, x: Tensor, rows: Rows, scale: float, gradients: Gradients) -> tuple[float, Array]:
-        """Loss, and its gradient with respect to x (T, H), in runs of HEAD_ROWS targets."""
+        """Loss, and its gradient with respect to x (T, H), in runs of rows."""
         values: Array = x.asnumpy()
         dx = np.zeros_like(values)
         graph, loss = self._graph("head"), 0.0
         weights = (self._tensor(LN_F), self._tensor(HEAD))
         factor = Tensor.from_numpy(np.full((1, 1), scale, np.float32))
-        for start in range(0, rows.tokens, HEAD_ROWS):
-            at, targets = rows.rows[start : start + HEAD_ROWS], rows.targets[start : start + HEAD_ROWS]
+        run = self.way.head_rows
+        for start in range(0, rows.tokens, run):
+            at, targets = rows.rows[start : start + run], rows.targets[start : start + run]
             out = graph(Tensor.from_numpy(values[at]), Tensor.from_numpy(targets), factor, *weights)
             loss += float(out[0].asnumpy().sum(dtype=np.float64))
             dx[at] = out[1].asnumpy()
@@ -181,6 +192,7 @@ class TrainingModel:
                 gradients.add(LN_F, out[2].asnumpy())
             if HEAD in self.trained:
                 gradients.add(HEAD, out[3].asnumpy())
+            if len(out) > 4:
                 np.subtract.at(gradients.arrays[HEAD], targets, out[4].asnumpy())
         return loss, dx
 
@@ -210,7 +222,7 @@ class TrainingModel:
 
     def _tensor(self, name: str) -> Tensor:
         found = self._tensors.get(name)
-        return found if found is not None else self._matrix(name)
+        return found if found is not None else self._frozen.tensor(name)
 
     def _graph(self, kind: str, plan: cells.LayerPlan | None = None) -> Graph:
         if kind not in self._graphs:
@@ -226,21 +238,14 @@ class TrainingModel:
         if plan is not None:
             return self._layer(kind, plan, hidden)
         if kind == "head":
-            cell = cells.HeadBackward(config.layer_norm_epsilon, HEAD in self.trained)
+            cell = self.way.head(config.layer_norm_epsilon, HEAD in self.trained)
             return cell, [hidden, ids, _any([1, 1]), *top]
         if kind == "loss":
-            return cells.HeadLoss(config.layer_norm_epsilon), [hidden, ids, *top]
-        return cells.Logits(config.layer_norm_epsilon), [hidden, *top]
+            return self.way.loss(config.layer_norm_epsilon), [hidden, ids, *top]
+        return self.way.logits(config.layer_norm_epsilon), [hidden, *top]
 
     def _layer(self, kind: str, plan: cells.LayerPlan, hidden: Tensor) -> tuple[nn.Cell, list[Tensor]]:
-        config, half = self.config, self.config.head_dim // 2
-        step = [
-            *[_any([None, 1, half])] * 2,
-            _any([None, None], ms.int32),
-            _any([None], ms.int32),
-            _any([None, None, 1]),
-            _any([None, 1, None, None]),
-        ]
+        config, step = self.config, self.way.step_types(self.config)
         shapes = expected(config)
         weights = []
         for name in plan.inputs:
@@ -256,20 +261,8 @@ class TrainingModel:
             else:
                 weights.append(_any(list(shapes[f"transformer.h.0.{name}"])))
         if kind != "backward":
-            return cells.LayerForward(plan), [hidden, *step, *weights]
-        heads = _any([None, config.num_heads, config.head_dim])
-        wide = _any([None, config.mlp_width])
-        return cells.LayerBackward(plan), [
-            hidden,
-            hidden,
-            *[heads] * 3,
-            hidden,
-            hidden,
-            wide,
-            wide,
-            *step,
-            *weights,
-        ]
+            return self.way.forward(plan), [hidden, *step, *weights]
+        return self.way.backward(plan), [hidden, *self.way.kept_types(config), *step, *weights]
 
 
 def layer_plan(config: QwenConfig, method: MethodSpec, keep: float) -> cells.LayerPlan:

@@ -42,8 +42,8 @@ class Rows:
     """T tokens of a batch, ready for the graphs.
 
     ``ids`` (T,) int32; ``targets`` (R,) the ids to predict and ``rows`` (R,) the tokens that predict them; ``places``
-    (T,) where each token lies in the batch, counted row by row; ``lengths`` of the texts; ``step``: see
-    kernels.training.
+    (T,) where each token lies in the batch, counted row by row; ``lengths`` of the texts; ``rotary``: cos and sin
+    (T, 1, d / 2).
     """
 
     ids: NDArray[np.int32]
@@ -51,12 +51,22 @@ class Rows:
     targets: NDArray[np.int32]
     places: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    step: tuple[NDArray[Any], ...]
+    rotary: tuple[NDArray[np.float32], NDArray[np.float32]]
 
     @property
     def tokens(self) -> int:
         """How many next tokens are learned from."""
         return len(self.targets)
+
+    @property
+    def bounds(self) -> NDArray[np.int32]:
+        """(texts + 1,): text i has the tokens bounds[i] .. bounds[i + 1]."""
+        return np.r_[0, np.cumsum(self.lengths)].astype(np.int32)
+
+    @property
+    def layout(self) -> tuple[NDArray[Any], ...]:
+        """Places of the tokens for attention by plain operators: see kernels.training."""
+        return _layout(self.lengths)
 
 
 def count_targets(batch: BatchLike) -> int:
@@ -83,14 +93,13 @@ def flatten(batch: BatchLike, config: QwenConfig) -> Rows:
     owner = (places // ids.shape[1], segments.reshape(-1)[places])
     starts = np.flatnonzero(np.r_[True, (np.diff(owner[0]) != 0) | (np.diff(owner[1]) != 0)])
     lengths = np.diff(np.r_[starts, len(places)])
-    step = (*_rotary(positions.reshape(-1)[places], config), *_layout(lengths))
     return Rows(
         np.ascontiguousarray(taken, np.int32),
         np.flatnonzero(learned).astype(np.int32),
         np.ascontiguousarray(targets, np.int32),
         places,
         lengths,
-        step,
+        _rotary(positions.reshape(-1)[places], config),
     )
 
 
@@ -102,7 +111,9 @@ def _learned(batch: BatchLike) -> NDArray[np.bool_]:
     return out
 
 
-def _rotary(positions: NDArray[np.int32], config: QwenConfig) -> tuple[NDArray[np.float32], ...]:
+def _rotary(
+    positions: NDArray[np.int32], config: QwenConfig
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin (T, 1, d / 2); no NTK in training, as published."""
     frequencies = inverse_frequencies(config.head_dim, config.rotary_emb_base, 1.0)
     angles = positions.astype(np.float32)[:, None, None] * frequencies
