@@ -112,7 +112,7 @@ def report(dataset: Dataset, options: DataOptions, progress: Progress | None = N
     survey = dataset.survey(progress)
     yield f"file          {dataset.path}"
     yield f"samples       {len(dataset):,}" + (
-        f" ({survey.skipped:,} bad records left out)" if survey.skipped else ""
+        f" (bad records left out: {survey.skipped:,})" if survey.skipped else ""
     )
     share = survey.trained_tokens / survey.tokens
     yield f"tokens        {survey.tokens:,} an epoch, {survey.trained_tokens:,} learned ({share:.1%})"
@@ -170,7 +170,7 @@ def convert(args: argparse.Namespace) -> int:
 
         count = write_mindrecord(dataset, target, args.force, _progress("encoding"))
         notes = dataset.survey().warnings(options)
-    for note in notes or ([f"{dataset.skipped} bad records are left out"] if dataset.skipped else []):
+    for note in notes or ([f"bad records left out: {dataset.skipped}"] if dataset.skipped else []):
         print(f"warning: {note}", file=sys.stderr)
     print(f"{count:,} samples written to {target}")
     return 0

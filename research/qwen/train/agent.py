@@ -42,8 +42,8 @@ class _Answer:
         return len(self.asked[-1].content) if self.asked[-1].role == "assistant" else 0
 
 
-def agent_dialogues(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Dialogue]:
-    """Return the dialogues of a conversation that begins with a system message.
+def agent_dialogues(messages: Sequence[Message], tools: Sequence[Tool], system: str) -> list[Dialogue]:
+    """Return the dialogues of a conversation; ``system`` is its system message if it begins with none.
 
     Calls and results become ReAct text inside the assistant's turn, contents are trimmed as the server trims them.
     Without tools there is one dialogue. What follows the last answer is left out where there are tools.
@@ -52,9 +52,10 @@ def agent_dialogues(messages: Sequence[Message], tools: Sequence[Tool]) -> list[
         PromptError: a result without a call.
     """
     if not tools:
-        return [_without_tools(messages)]
+        return [_without_tools(messages, system)]
+    _turns(messages, tools, system)  # also what follows the last answer must be in order
     places = [n for n, message in enumerate(messages) if message.role == "assistant"]
-    answers = [_answer(messages, n, tools) for n in places]
+    answers = [_answer(messages, n, tools, system) for n in places]
     found: list[Dialogue] = []
     while answers:
         last = answers.pop()
@@ -65,10 +66,10 @@ def agent_dialogues(messages: Sequence[Message], tools: Sequence[Tool]) -> list[
     return found
 
 
-def _without_tools(messages: Sequence[Message]) -> Dialogue:
+def _without_tools(messages: Sequence[Message], system: str) -> Dialogue:
     if not any(message.role == "tool" or message.tool_calls for message in messages):
-        return whole_turns(plain_turns(messages))
-    turns, results = _rendered(messages, ())
+        return whole_turns(_turns(messages, (), system))
+    turns, results = _rendered(messages, (), system)
     dialogue = whole_turns(turns)
     for n, spans in results.items():
         dialogue[n] = replace(dialogue[n], words=_without(0, len(turns[n].content), spans))
@@ -77,9 +78,9 @@ def _without_tools(messages: Sequence[Message]) -> Dialogue:
     return dialogue
 
 
-def _answer(messages: Sequence[Message], n: int, tools: Sequence[Tool]) -> _Answer:
-    asked = plain_turns(messages[:n], tools)
-    turns, results = _rendered(messages[: n + 1], tools)
+def _answer(messages: Sequence[Message], n: int, tools: Sequence[Tool], system: str) -> _Answer:
+    asked = _turns(messages[:n], tools, system)
+    turns, results = _rendered(messages[: n + 1], tools, system)
     closed = asked[:-1] if asked[-1].role == "assistant" else asked
     return _Answer(asked, [*closed, turns[-1]], results, bool(messages[n].tool_calls))
 
@@ -124,7 +125,17 @@ def _without(start: int, end: int, spans: Words) -> Words:
     return (*words, (start, end)) if start < end or not words else tuple(words)
 
 
-def _rendered(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[Message], dict[int, Words]]:
+def _turns(
+    messages: Sequence[Message], tools: Sequence[Tool], system: str, *, open_end: bool = True
+) -> list[Message]:
+    """The turns of the server's prompt, with our system message where it would put its own."""
+    turns = plain_turns(messages, tools, open_end=open_end)
+    return turns if messages[0].role == "system" else [Message("system", system), *turns[1:]]
+
+
+def _rendered(
+    messages: Sequence[Message], tools: Sequence[Tool], system: str
+) -> tuple[list[Message], dict[int, Words]]:
     """Turns without an open thought, and where in which turn the results of tools are.
 
     A result reaches over the thought that the server opens after it.
@@ -135,7 +146,8 @@ def _rendered(messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[
     marked = [
         replace(m, content=f"{mark}{n}{mark}") if m.role == "tool" else m for n, m in enumerate(messages)
     ]
-    turns, found = plain_turns(marked, tools, open_end=False), {}
+    turns = _turns(marked, tools, system, open_end=False)
+    found: dict[int, Words] = {}
     for n, turn in enumerate(turns):
         if turn.role == "assistant" and mark in turn.content:
             # Texts and numbers of results by turns; calls may be answered in any order.

@@ -62,7 +62,7 @@ class Survey:
         """What the user should know before training, a sentence each."""
         found = []
         if self.skipped:
-            found.append(f"{self.skipped} bad records are left out")
+            found.append(f"bad records left out: {self.skipped}")
         if self.cut:
             how = "cut at its end" if options.truncation == "published" else "shortened by whole turns"
             found.append(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from research.qwen.errors import DataError
 
-CHUNK: Final = 1 << 22  # bytes read at a time
+CHUNK: Final = 1 << 20  # bytes read at a time
 MAX_RECORD: Final = 1 << 26  # bytes; what is longer is no record but a file that is not what it should be
 LISTED: Final = 20  # problems that are named one by one
 

@@ -106,10 +106,8 @@ def _openai(record: Mapping[str, Any], system: str) -> list[Dialogue]:
     entries = _list(record["messages"], "messages")
     messages = [_message(entry, f"messages[{n}]") for n, entry in enumerate(entries)]
     _check_order(messages)
-    if messages[0].role != "system":
-        messages.insert(0, Message("system", system))
     tools = tools_from(_tool_list(record, "tools"), _tool_list(record, "functions"))
-    return agent_dialogues(messages, tools)
+    return agent_dialogues(messages, tools, system)
 
 
 def _check_order(messages: Sequence[Message]) -> None:
