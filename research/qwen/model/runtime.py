@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.decode.loop import Chunk
-from research.qwen.errors import PromptError
+from research.qwen.errors import PromptError, RequestError
 from research.qwen.interrupts import held
 from research.qwen.kernels.api import CacheSpec, Kernels, StepView
 from research.qwen.kernels.lora import Updates, row_adapters
@@ -102,7 +102,7 @@ class Runtime:
     def forward(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         """One pass over runs of tokens -> (sum of chunk.logits, vocab_size) float32, rows in chunk order.
 
-        Raises PromptError for an id outside the vocabulary.
+        Raises PromptError for an id outside the vocabulary, RequestError for an adapter that is not loaded.
         """
         return self._run(self.graph, chunks)
 
@@ -121,7 +121,7 @@ class Runtime:
             return []
         unknown = [chunk.adapter for chunk in chunks if chunk.adapter not in ("", *self.adapters)]
         if unknown:
-            raise PromptError(
+            raise RequestError(
                 f"there is no adapter {unknown[0]!r}; loaded: {', '.join(self.adapters) or 'none'}"
             )
         return [self.adapters.index(chunk.adapter) if chunk.adapter else -1 for chunk in chunks]
