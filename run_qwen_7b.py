@@ -1,4 +1,4 @@
-"""Predict with Qwen: ``python run_qwen_7b.py --config run_qwen_7b.yaml --run_mode predict --predict_data TEXT ...``."""
+"""Qwen through MindFormers: ``python run_qwen_7b.py --config run_qwen_7b.yaml --run_mode predict|finetune ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The published command: ``python run_qwen_7b.py --config run_qwen_7b.yaml --run_mode predict ...``.
+"""The published command: ``python run_qwen_7b.py --config run_qwen_7b.yaml --run_mode predict|finetune ...``.
 
 Reads and checks everything cheap first, so that a mistake is answered before MindFormers is imported (10 s).
 """
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", default="run_qwen_7b.yaml", help="YAML file: a path, or a name in configs/ (%(default)s)")
     add("--task", default="text_generation", help="only %(default)s")
-    add("--run_mode", default="predict", help="only predict in this version")
+    add("--run_mode", default="predict", help="predict (default) or finetune")
     add(
         "--load_checkpoint", help=".ckpt, .safetensors, converted or Hugging Face folder; default: the YAML's"
     )
@@ -64,17 +64,51 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repetition_penalty", type=float)
     add("--seed", type=int)
     add("--save_file", help="also write the result there")
-    add("--pet_method", default="", help="not in this version")
-    add("--use_parallel", type=_boolean, default=False, metavar="BOOL", help="only False in this version")
-    add(
-        "--optimizer_parallel",
-        type=_boolean,
-        default=False,
-        metavar="BOOL",
-        help="only False in this version",
-    )
+    add("--use_parallel", type=_boolean, default=False, metavar="BOOL", help="finetune under msrun")
     add("-v", "--verbose", action="store_true", help="show MindFormers' own messages")
+    _add_training(parser.add_argument_group("finetune (everything else: the YAML file)"))
     return parser
+
+
+# Option -> setting of the recipe.
+TRAINING = {
+    "train_dataset": "train_data",
+    "eval_dataset": "eval_data",
+    "output_dir": "output_dir",
+    "pet_method": "method",
+    "seq_length": "max_length",
+    "learning_rate": "learning_rate",
+    "epochs": "epochs",
+    "max_steps": "max_steps",
+    "batch_size": "batch_size",
+    "resume_training": "resume",
+    "optimizer_parallel": "optimizer_parallel",
+    "load_checkpoint": "model",
+    "vocab_file": "vocab_file",
+    "device_target": "device",
+    "device_id": "device_id",
+    "backend": "backend",
+    "seed": "seed",
+}
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--train_dataset",
+        metavar="FILE",
+        help="conversations: published JSON, messages JSONL, Alpaca, MindRecord",
+    )
+    add("--eval_dataset", metavar="FILE", help="held-out conversations")
+    add("--output_dir", metavar="DIR", help="for checkpoints and the result; default: the YAML's")
+    add("--pet_method", choices=("", "lora", "qlora"), help="lora, qlora or '' (full); default: the YAML's")
+    add("--seq_length", type=int, help="longest row in tokens")
+    add("--learning_rate", type=float)
+    add("--epochs", type=int)
+    add("--max_steps", type=int)
+    add("--batch_size", type=int)
+    add("--resume_training", metavar="BOOL|PATH", help="True: go on from the last checkpoint in output_dir")
+    add("--optimizer_parallel", type=_boolean, metavar="BOOL", help="split AdamW's state over the devices")
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -112,7 +146,7 @@ def prepare(args: argparse.Namespace) -> Plan:
 
 def find_config(name: str) -> Path:
     """A path as given, or a name in the repository's configs/ folder; ConfigError if there is neither."""
-    for path in (Path(name), ROOT / "configs" / name):
+    for path in (Path(name), ROOT / "configs" / name, ROOT / "configs" / "finetune" / name):
         if path.is_file():
             return path
     raise ConfigError(f"no such config: {name} (looked here and in {ROOT / 'configs'})")
@@ -139,11 +173,16 @@ def check_checkpoint(path: Path, settings: RunSettings) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict and print MindFormers' result list as the last line; errors are one line on stderr, exit code 2."""
+    """Predict and print MindFormers' result list as the last line, or train and print the folder of the result.
+
+    Errors are one line on stderr, exit code 2.
+    """
     args = build_parser().parse_args(argv)
     if args.verbose:
         os.environ["QWEN_VERBOSE"] = "1"
     try:
+        if args.run_mode in ("finetune", "train"):
+            return finetune(args)
         _keep_logs_out_of_here()
         plan = prepare(args)
         from research.qwen.mf.run import predict
@@ -157,6 +196,46 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def finetune(args: argparse.Namespace) -> int:
+    """Train as the YAML file and the options say: the same run as that of the command ``finetune``."""
+    from research.qwen.cli.common import quieten
+    from research.qwen.train.recipe import Given, build
+    from research.qwen.train.recipe_file import read_recipe
+    from research.qwen.train.runner import run
+    from research.qwen.train.signals import StopSignals
+
+    _refuse_prediction(args)
+    with StopSignals() as stop:
+        quieten(args.verbose)
+        file = read_recipe(find_config(args.config))
+        values = {option: getattr(args, option) for option in TRAINING if getattr(args, option) is not None}
+        if "pet_method" in values:
+            values["pet_method"] = values["pet_method"] or "full"
+        if "resume_training" in values:
+            said = values["resume_training"]
+            values["resume_training"] = {"true": True, "false": False}.get(said.lower(), said)
+        given = [Given(TRAINING[option], value, f"--{option}") for option, value in values.items()]
+        recipe = build(file.given, given)
+        summary = run(recipe, file.shape, tell=lambda line: print(line, file=sys.stderr), stop=stop)
+    if summary.result is not None:
+        print(summary.result)
+    return summary.exit_code
+
+
+def _refuse_prediction(args: argparse.Namespace) -> None:
+    from research.qwen.model.parallel import started_by_msrun
+
+    for name in ("predict_data", "predict_length", "save_file"):
+        if getattr(args, name):
+            raise RequestError(f"--{name} is for run_mode predict; leave it out")
+    if args.task != "text_generation":
+        raise RequestError(f"task {args.task} is not supported; use text_generation")
+    if args.use_parallel and not started_by_msrun():
+        raise RequestError(
+            "--use_parallel True needs several processes: start with scripts/msrun_finetune.sh"
+        )
+
+
 def _keep_logs_out_of_here() -> None:
     """MindFormers opens log files in ./output when it is imported; LOCAL_DEFAULT_PATH is its own variable for that."""
     if "LOCAL_DEFAULT_PATH" not in os.environ:
@@ -167,14 +246,12 @@ def _keep_logs_out_of_here() -> None:
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
     if args.run_mode != "predict":
-        raise RequestError(f"run_mode {args.run_mode} is not supported in this version; use predict")
+        raise RequestError(f"run_mode {args.run_mode} is not supported; use predict or finetune")
     if args.task != "text_generation":
         raise RequestError(f"task {args.task} is not supported; use text_generation")
-    for name in ("pet_method", "use_parallel", "optimizer_parallel"):
+    for name in ("use_parallel", "optimizer_parallel", "pet_method", "train_dataset", "resume_training"):
         if getattr(args, name):
-            raise RequestError(
-                f"--{name} {getattr(args, name)} is not supported in this version; leave it out"
-            )
+            raise RequestError(f"--{name} {getattr(args, name)} is for run_mode finetune; leave it out")
     if not args.predict_data:
         raise RequestError("nothing to do: give --predict_data TEXT")
 

@@ -125,6 +125,7 @@ _KNOWN: dict[str, dict[str, Check]] = {
         ),
     },
 }
+TOP_KEYS = frozenset(_TOP)
 # Where people come from: the published config.json and other ports spell these differently.
 _OTHER_SPELLINGS = {
     "num_hidden_layers": "num_layers",

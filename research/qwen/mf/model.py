@@ -24,12 +24,13 @@ from research.qwen.kernels.api import load_kernels
 from research.qwen.mf import folders, generation
 from research.qwen.mf.config import read_config
 from research.qwen.mf.options import read_options, read_prompts
-from research.qwen.mf.weights import ParameterSource, ZeroSource, initial_format
+from research.qwen.mf.weights import AdaptedSource, ParameterSource, ZeroSource, initial_format
 from research.qwen.model.loading import TensorSource, is_cache
 from research.qwen.model.opening import backend_options, cache_spec
 from research.qwen.model.precision import Precision
 from research.qwen.model.quantise import Plan, quantised_source
 from research.qwen.model.runtime import Runtime
+from research.qwen.weights.adapters import is_adapter
 from research.qwen.weights.names import check
 from research.qwen.weights.readers import open_checkpoint
 
@@ -87,12 +88,15 @@ class QwenForCausalLM(PreTrainedModel):
         self._empty = False
 
     def load_checkpoint(self, config: LlamaConfig | str | os.PathLike[str]) -> None:
-        """Load ``config.checkpoint_name_or_path`` (or a path): a Hugging Face or converted folder, or a file.
+        """Load ``config.checkpoint_name_or_path`` (or a path): a Hugging Face or converted folder, a file, or an
+        adapter's folder, which names its base.
 
         Raises CheckpointError if it is missing, damaged, or does not hold exactly this model's tensors.
         """
         path = config.checkpoint_name_or_path if isinstance(config, LlamaConfig) else config
-        if path:
+        if path and is_adapter(Path(path)):
+            self._install(AdaptedSource(Path(path), self.shape))
+        elif path:
             checkpoint = open_checkpoint(Path(path))
             self._install(quantised_source(checkpoint, self.shape, Plan()))
             if (checkpoint.folder / "config.json").exists():

@@ -40,9 +40,11 @@ def repair_predict() -> None:
         tokenizer: Any = None,
         **options: Any,
     ) -> Any:
-        if not _is_ours(config, network):
+        if not is_ours(config, network):
             return original(self, config, input_data, network, tokenizer, **options)
         use_device(_get(config, "context", "device_target"), _get(config, "context", "device_id") or 0)
+        if _get(config, "run_mode") in ("train", "finetune"):
+            config.run_mode = "predict"  # after training with the same Trainer; MindFormers would refuse
         path = _get(config, "checkpoint", "load_path")
         if options.get("top_k") is None:
             options["top_k"] = _get(config, "model", "model_config", "top_k") or 0
@@ -72,7 +74,8 @@ def use_device(target: str | None, device_id: int = 0) -> None:
         ms.set_device(target, device_id)
 
 
-def _is_ours(config: Any, network: Any) -> bool:
+def is_ours(config: Any, network: Any) -> bool:
+    """Whether a network, or what a configuration describes, is our model."""
     if network is not None:
         return isinstance(network, QwenForCausalLM)
     return bool(_get(config, "model", "arch", "type") == QwenForCausalLM.__name__)
@@ -92,6 +95,7 @@ def _network(trainer: Any, config: Any, network: QwenForCausalLM | None, path: s
         return network
     section = copy.deepcopy(config.model)  # building writes into it
     model_config = section.model_config
+    model_config.pop("pet_config", None)  # of training; an adapter's own config says what it is
     path = path or model_config.get("checkpoint_name_or_path")
     model_config.checkpoint_name_or_path = path
     ignored = {"batch_size", *SET_BY_MINDFORMERS}

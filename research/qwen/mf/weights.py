@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,14 @@ from mindspore import Parameter
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
+from research.qwen.errors import CheckpointError
 from research.qwen.kernels.api import Kernels
-from research.qwen.kernels.arrays import STORED
+from research.qwen.kernels.arrays import STORED, widen
 from research.qwen.model.loading import SMALL, is_cache
+from research.qwen.model.quantise import Plan, quantised_source
+from research.qwen.weights.adapters import check_fits, load_adapter
 from research.qwen.weights.names import expected
+from research.qwen.weights.readers import open_checkpoint
 
 # Training leaves these in a checkpoint beside the weights.
 _NO_WEIGHTS = frozenset(
@@ -56,6 +61,49 @@ class ParameterSource:
         """The array; bfloat16 as its uint16 bits."""
         array = self._parameters[name].asnumpy()
         return np.asarray(array).view(np.uint16) if self.dtype(name) == "bfloat16" else array
+
+
+class AdaptedSource:
+    """A base checkpoint with an adapter added: exact sums in float32, made as they are read.
+
+    Quantised bases are widened first. Raises CheckpointError as ``load_adapter`` does, if the adapter names no base or
+    is for another model.
+    """
+
+    def __init__(self, path: Path, config: QwenConfig) -> None:
+        adapter = load_adapter(path)
+        if not adapter.config.base or not Path(adapter.config.base).exists():
+            raise CheckpointError(
+                f"{path} is an adapter for {adapter.config.base or 'a base it does not name'}, which is not here: "
+                "merge it with its base (command merge) and give the result"
+            )
+        check_fits(adapter, config)
+        base = open_checkpoint(Path(adapter.config.base))
+        self.folder = base.folder
+        plain = quantised_source(base, config, Plan(), progress=False)
+        self._base = quantised_source(base, config, Plan("float32")) if plain.formats else plain
+        self._updates, self._whole = adapter.updates(), adapter.saved
+
+    def names(self) -> list[str]:
+        """Published names."""
+        return self._base.names()
+
+    def format(self, name: str) -> str:
+        """float32 where something was added, else that of the base."""
+        changed = name in self._whole or name.removesuffix(".weight") in self._updates
+        return "float32" if changed else self._base.format(name)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """W + scale * B A; what the adapter trained whole is in place of the base's."""
+        if name in self._whole:
+            tensor = self._whole[name]
+            return widen(tensor.read(), tensor.dtype)
+        array, update = self._base.read(name), self._updates.get(name.removesuffix(".weight"))
+        if update is None:
+            return array
+        added = update.rows(0, array.shape[0])
+        added += widen(array, self._base.format(name))
+        return added
 
 
 class ZeroSource:
