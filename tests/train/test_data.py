@@ -299,9 +299,7 @@ def test_a_sample_of_which_nothing_is_left_to_learn(
     path = write_lines(tmp_path / "x.jsonl", [talk("a", "b"), talk("long " * 90, "b"), talk("c", "d")])
     options = {"max_length": 40, "truncation": truncation, "mask": "assistant"}
     dataset = opened(path, tokenizer, **options)
-    with pytest.raises(
-        DataError, match=r"x\.jsonl:2: nothing to learn in this sample: none of its 1\d\d tokens"
-    ):
+    with pytest.raises(DataError, match=r"x\.jsonl:2: nothing .* it has 1\d\d tokens, and none of the 40"):
         dataset.lengths()
     dataset = opened(path, tokenizer, skip_bad=True, **options)
     assert dataset.lengths().tolist() == [23, 23] and len(dataset) == 2 and dataset.skipped == 1

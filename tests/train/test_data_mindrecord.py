@@ -66,6 +66,18 @@ def test_padded_rows_of_other_makers(tokenizer: QwenTokenizer, tmp_path: Path) -
     assert dataset.survey().trained_tokens == 4
 
 
+def test_shards_are_one_dataset(tokenizer: QwenTokenizer, tmp_path: Path) -> None:
+    from mindspore.mindrecord import FileWriter
+
+    writer = FileWriter(str(tmp_path / "x.mindrecord"), 2)
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in ("input_ids", "labels")}, "x")
+    row = np.arange(1, 9, dtype=np.int32)
+    writer.write_raw_data([{"input_ids": row[: n + 2], "labels": row[: n + 2]} for n in range(6)])
+    writer.commit()
+    dataset = open_dataset(tmp_path / "x.mindrecord0", tokenizer)
+    assert sorted(dataset.lengths()) == [2, 3, 4, 5, 6, 7]
+
+
 def test_bad_rows(tokenizer: QwenTokenizer, tmp_path: Path) -> None:
     rows = [
         {"input_ids": [1, 2], "labels": [1, 2]},
@@ -86,6 +98,10 @@ def test_bad_rows(tokenizer: QwenTokenizer, tmp_path: Path) -> None:
     ]
     dataset = open_dataset(path, tokenizer, skip_bad=True)
     assert (len(dataset), dataset.skipped) == (1, 4)
+    rows = [{"input_ids": [1, 2], "labels": [1, label]} for label in (-100, 2)]
+    path = write(path, rows, input_ids="int32", labels="int32")
+    with pytest.raises(DataError, match="row 0: nothing to learn in this sample$"):
+        open_dataset(path, tokenizer).lengths()
 
 
 def test_files_that_are_none(tokenizer: QwenTokenizer, tmp_path: Path) -> None:

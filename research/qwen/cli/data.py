@@ -149,6 +149,8 @@ def marked(sample: Sample, tokenizer: QwenTokenizer) -> str:
 def convert(args: argparse.Namespace) -> int:
     """Write a data file in another format."""
     from research.qwen.train.data import ConversationDataset, is_mindrecord, open_dataset
+    from research.qwen.train.published import write_published
+    from research.qwen.weights.outputs import cleanup_on_sigterm
 
     source, target = Path(args.source), Path(args.target)
     if target.exists() and source.exists() and target.samefile(source):
@@ -161,15 +163,14 @@ def convert(args: argparse.Namespace) -> int:
         raise DataError(f"{source} holds tokens, which cannot be told apart into conversations again")
     options = _options(args)
     dataset = open_dataset(source, _tokenizer(args), options, args.skip_bad)
-    if isinstance(dataset, ConversationDataset) and not is_mindrecord(target):
-        from research.qwen.train.published import write_published
+    with cleanup_on_sigterm():
+        if isinstance(dataset, ConversationDataset) and not is_mindrecord(target):
+            count, notes = write_published(dataset, target, args.force), []
+        else:
+            from research.qwen.train.mindrecord import write_mindrecord
 
-        count, notes = write_published(dataset, target, args.force), []
-    else:
-        from research.qwen.train.mindrecord import write_mindrecord
-
-        count = write_mindrecord(dataset, target, args.force, _progress("encoding"))
-        notes = dataset.survey().warnings(options)
+            count = write_mindrecord(dataset, target, args.force, _progress("encoding"))
+            notes = dataset.survey().warnings(options)
     for note in notes or ([f"bad records left out: {dataset.skipped}"] if dataset.skipped else []):
         print(f"warning: {note}", file=sys.stderr)
     print(f"{count:,} samples written to {target}")

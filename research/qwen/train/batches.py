@@ -41,7 +41,8 @@ class Batch:
         positions: place of a token in its sample, from 0; 0 in padding.
         segments: number of the sample in its row, from 0; -1 in padding. A token attends to earlier tokens of its own
             sample only. -2 - n is a token of sample n that others do not attend to, and neither does it to itself
-            (``Sample.hidden``): it looks back at what is visible of its sample. See ``attention_mask``.
+            (``Sample.hidden``): it looks back at what is visible of its sample. See ``attention_mask``. The training
+            steps of this project leave such a token out altogether, and learn neither it nor the one after it.
     """
 
     ids: Ints

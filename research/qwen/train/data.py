@@ -145,14 +145,17 @@ class Dataset(abc.ABC):
         found = []
         for number in useless[:LISTED]:
             full = self[number].full
-            why = f": none of its {full} tokens that fit into {room} is learned" if full > room else ""
+            long = f": it has {full} tokens, and none of the {room} that fit is learned; raise max_length"
             found.append(
-                Problem(self.line(number), f"nothing to learn in this sample{why}; raise max_length")
+                self._problem(number, f"nothing to learn in this sample{long if full > room else ''}")
             )
         self._report(found, len(useless), len(self))
         kept = np.setdiff1d(np.arange(len(self)), useless)
         self.keep(kept)
         return table[kept]
+
+    def _problem(self, number: int, reason: str) -> Problem:
+        return Problem(self.line(number), reason)
 
     def _report(self, problems: list[Problem], total: int, records: int) -> None:
         """Raise for bad records, or count them; DataError in any case if nothing is left."""

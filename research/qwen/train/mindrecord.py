@@ -34,7 +34,8 @@ class TokenDataset(Dataset):
         """
         super().__init__(path, tokenizer, options, skip_bad)
         open_binary(path).close()
-        self._ends = array("q", [0])  # of rows, in tokens
+        self._ends = array("q", [0])  # of good rows, in tokens
+        self._rows = array("q")  # their numbers in the file
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the dataset)
         try:
             self._read()
@@ -62,6 +63,9 @@ class TokenDataset(Dataset):
     def keep(self, numbers: NDArray[np.intp]) -> None:
         self._kept = self._kept[numbers]
 
+    def _problem(self, number: int, reason: str) -> Problem:
+        return Problem(0, f"row {self._rows[self._kept[number]]}: {reason}")
+
     def _read(self) -> None:
         found: list[Problem] = []
         total = rows = 0
@@ -71,6 +75,7 @@ class TokenDataset(Dataset):
                 total += 1
                 found += [Problem(0, f"row {rows}: {table}")][: LISTED - len(found)]
             else:
+                self._rows.append(rows)
                 self._file.write(table.tobytes(order="F"))
                 self._ends.append(self._ends[-1] + table.shape[1])
             rows += 1
