@@ -158,7 +158,14 @@ setup(
             "playwright==1.65.2",  # drives an installed Chromium; downloads none
         ],
         # Peers of scripts/bench.py and its chart; docs/benchmarks.md says how to build llama.cpp for the machine.
-        "bench": [TORCH, "transformers==4.57.1", "llama-cpp-python==0.3.36", MATPLOTLIB],
+        "bench": [
+            TORCH,
+            "transformers==4.57.1",
+            "llama-cpp-python==0.3.36",
+            "peft==0.18.1",
+            "accelerate==1.12.0",
+            MATPLOTLIB,
+        ],
         "serve": SERVE,
         "ray": [*SERVE, RAY],  # scripts/serve_ray.py
         # Named from the start, filled when the part that needs them arrives.

@@ -42,8 +42,8 @@ class Died(Exception):
 class Worker:
     """A process of its own, stopped while nobody waits for it."""
 
-    def __init__(self, kind: str, path: Path, threads: int, *flags: str):
-        command = [sys.executable, str(ROOT / "scripts" / "bench_worker.py"), kind, str(path), str(threads)]
+    def __init__(self, kind: str, path: Path, threads: int, *flags: str, script: str = "bench_worker.py"):
+        command = [sys.executable, str(ROOT / "scripts" / script), kind, str(path), str(threads)]
         self.name = f"{kind}, {path.name}"
         begin = time.perf_counter()
         self.process = subprocess.Popen(
