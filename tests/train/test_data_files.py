@@ -51,6 +51,16 @@ def test_array_is_cut_into_its_elements(
         assert line == data[:start].count(b"\n") + 1
 
 
+@pytest.mark.parametrize("chunk", [4, 5, 7])
+def test_escapes_across_reads(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    for count in range(8):
+        for shift in range(chunk):
+            records = [{"a" * shift: "\\" * count + '"}' + "\\" * (7 - count)}, {"b": "]"}]
+            places = found(json.dumps(records).encode())
+            assert [json.loads(raw) for _, _, raw in places] == records
+
+
 @given(records=RECORDS, blank=st.sampled_from(["\n", "\r\n", "\n\n \t\n"]), end=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_lines_are_records(records: list[Any], blank: str, end: bool) -> None:
