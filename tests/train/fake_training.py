@@ -113,7 +113,8 @@ class FakeStep:
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         assert set(state) == set(self.state())
-        self.weight, self.m, self.v = state["weight"], state["adam_m.weight"], state["adam_v.weight"]
+        names = ("weight", "adam_m.weight", "adam_v.weight")
+        self.weight, self.m, self.v = (np.array(state[name]) for name in names)
         self.steps, self.scale = int(state["step"]), np.float32(state["loss_scale"])
 
     def save_model(self, folder: Path) -> None:

@@ -55,7 +55,6 @@ def test_everything_comes_back_bit_by_bit(tmp_path: Path) -> None:
         got = found.arrays[name]
         assert (got.dtype, got.shape) == (values.dtype, values.shape)
         assert got.tobytes() == values.tobytes()
-        assert got.flags.writeable
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -103,6 +103,7 @@ def test_events_are_what_tensorboard_reads(tmp_path: Path) -> None:
     )
     assert [json.loads(line) for line in run.stdout.splitlines()] == [
         [0, "brain.Event:2", 0, True, {}],
+        [1, "", 1, True, {}],
         [1, "", 0, True, {"train/loss": 2.5, "train/语": -0.0}],
         [300, "", 0, True, {"train/loss": math.inf}],
         [0, "brain.Event:2", 0, True, {}],

@@ -40,7 +40,7 @@ SaveModel = Callable[[Path], None]  # writes adapter or model into an empty fold
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint read back: its folder, the values given to ``save``, and the arrays (own copies, writable)."""
+    """A checkpoint read back: its folder, the values given to ``save``, and the arrays: mapped, to read only."""
 
     folder: Path
     step: int
@@ -218,7 +218,7 @@ def load_checkpoint(folder: Path) -> Saved:
             )
     try:
         stored = read_safetensors(folder / INNER / ARRAYS)
-        arrays = {name: np.array(tensor.read()) for name, tensor in stored.items()}
+        arrays = {name: tensor.read() for name, tensor in stored.items()}
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error}") from None
     crcs = document["arrays"]

@@ -35,6 +35,7 @@ class Record:
     def as_json(self, step: int) -> dict[str, Any]:
         """One line of the metrics file."""
         line: dict[str, Any] = {"step": step, **{key: finite(value) for key, value in asdict(self).items()}}
+        line |= {"tokens": int(self.tokens), "seen": int(self.seen)}  # those of a checkpoint are floats
         line["tokens_per_s"] = round(self.seen / self.seconds, 1) if self.seconds > 0 else None
         return line
 

@@ -72,7 +72,7 @@ class TrainStep(Protocol):
         """Everything the next step depends on. Called in every process; that of rank 0 has to be complete."""
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned; the arrays are read-only and to be copied."""
 
 
 def _alone(values: NDArray[np.float64]) -> NDArray[np.float64]:

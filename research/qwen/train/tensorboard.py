@@ -23,15 +23,14 @@ START = 1  # SessionLog.SessionStatus: events with this step or a later one, wri
 
 
 class EventWriter:
-    """Appends scalars to a new event file in ``folder``; ``first_step`` > 1 replaces what came from that step on."""
+    """Appends scalars to a new event file in ``folder``; it replaces what earlier files say from ``first_step`` on."""
 
     def __init__(self, folder: Path, first_step: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._stream = (folder / name).open("wb")
         self._put(0, _text(3, b"brain.Event:2"))
-        if first_step > 1:
-            self._put(first_step, _text(7, _key(1, 0) + _varint(START)))
+        self._put(first_step, _text(7, _key(1, 0) + _varint(START)))
         self._stream.flush()
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
