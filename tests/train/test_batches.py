@@ -78,7 +78,7 @@ def equal(one: Batch, other: Batch) -> bool:
 
 
 @given(**COMMON, shuffle=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_an_epoch_holds_every_sample_once_and_whole(
     lengths: list[int], size: int, seed: int, packing: bool, epoch: int, shuffle: bool
 ) -> None:
@@ -91,7 +91,7 @@ def test_an_epoch_holds_every_sample_once_and_whole(
 
 
 @given(**COMMON, world=st.integers(1, 3), drop=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_processes_together_see_what_one_would(
     lengths: list[int], size: int, seed: int, packing: bool, epoch: int, world: int, drop: bool
 ) -> None:
@@ -114,7 +114,7 @@ def test_processes_together_see_what_one_would(
 
 
 @given(**COMMON, start=st.integers(0, 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_resuming_gives_the_same_batches_and_reads_nothing_before(
     lengths: list[int], size: int, seed: int, packing: bool, epoch: int, start: int
 ) -> None:

@@ -36,7 +36,7 @@ def found(data: bytes) -> list[tuple[int, int, bytes]]:
     newlines=st.integers(0, 3),
 )
 @example(records=[{"a": "\\"}, {"b": '\\"'}], indent=None, ascii_=True, chunk=1, mark=False, newlines=0)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_array_is_cut_into_its_elements(
     records: list[Any], indent: int | None, ascii_: bool, chunk: int, mark: bool, newlines: int
 ) -> None:

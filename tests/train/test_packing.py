@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60)
 
 
 @given(lengths=LENGTHS, window=st.integers(1, 70), turn=st.integers(0, 59))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_sample_is_in_one_row_that_holds_it(lengths: list[int], window: int, turn: int) -> None:
     order = [*range(len(lengths))[turn:], *range(len(lengths))[:turn]]
     rows = pack(lengths, CAPACITY, order, window)
