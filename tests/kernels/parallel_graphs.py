@@ -1,0 +1,108 @@
+"""Compiles the training graph for several layouts of devices: ``parallel_graphs.py CASE ...``, one line of JSON each.
+
+A line: how often each communication operator occurs, and the shapes of a few parameters on the device asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from research.qwen.config import QwenConfig
+from research.qwen.kernels.ascend_train_graph import StagedModel, StepGraph, TrainingModel
+from research.qwen.kernels.ascend_training import Spec
+from research.qwen.kernels.parallel_layout import ParallelLayout
+from tests.kernels.ascend_frontend import operators
+from tests.kernels.pretend_ascend import devices, pretend
+
+LAYERS = 2
+TINY = QwenConfig(
+    vocab_size=128, hidden_size=128, num_layers=LAYERS, num_heads=8, intermediate_size=256, kv_channels=16
+)
+ROWS, LENGTH = 4, 32  # of one copy of the model
+COMMUNICATION = ("AllReduce", "AllGather", "ReduceScatter", "Send", "Receive")
+# name -> layout, device of the graph, more of the Spec
+CASES = {
+    "data": (ParallelLayout(data=2), 0, {}),
+    "model": (ParallelLayout(data=2, model=4), 0, {}),
+    "model vocabulary": (ParallelLayout(data=2, model=4, whole_embedding=False), 0, {}),
+    "model bfloat16 packed": (ParallelLayout(model=4), 3, {"compute": "bfloat16", "packed": True}),
+    "optimizer": (ParallelLayout(data=4, optimizer=True), 1, {}),
+    "model optimizer": (ParallelLayout(data=2, model=2, optimizer=True), 0, {"recompute": True}),
+    "first stage": (ParallelLayout(data=2, model=2, stages=2, micro_batches=4), 0, {}),
+    "last stage": (ParallelLayout(data=2, model=2, stages=2, micro_batches=4), 7, {}),
+    "adapters": (
+        ParallelLayout(data=2, model=4),
+        0,
+        {"trained": False, "rank": 4, "targets": ("attn.c_attn", "mlp.c_proj")},
+    ),
+}
+SHOWN = (
+    "wte.weight",
+    "c_attn.q.weight",
+    "c_attn.weight",
+    "c_attn.q.bias",
+    "mlp.w1.weight",
+    "mlp.c_proj.weight",
+)
+SHOWN += ("ln_1.weight", "lm_head.weight", "lora_A.weight", "lora_B.q.weight", "lora_B.weight")
+
+
+def inputs() -> list[Tensor]:
+    """What one device is given."""
+    tokens, dim = ROWS * LENGTH, TINY.head_dim
+    table = np.zeros((ROWS, LENGTH, dim), np.float32)
+    mask = np.zeros((ROWS, LENGTH, LENGTH), np.uint8)
+    flat = [np.zeros(tokens, kind) for kind in (np.int32, np.int32, np.float32)]
+    return [Tensor(array) for array in (*flat, table, table, mask)]
+
+
+def compiled(name: str) -> dict[str, object]:
+    """The graph of a case."""
+    layout, rank, more = CASES[name]
+    rows = layout.data
+    settings: dict[str, object] = {
+        "dataset_strategy": ((rows,), (rows,), (rows,), (rows, 1, 1), (rows, 1, 1), (rows, 1, 1)),
+        "pipeline_stages": layout.stages,
+    }
+    if layout.optimizer:
+        settings |= {
+            "enable_parallel_optimizer": True,
+            "parallel_optimizer_config": {"parallel_optimizer_threshold": 0},
+        }
+    devices(layout.devices, rank, **settings)
+    spec = Spec(TINY, layout=layout, **{"compute": "float16", **more})
+    model = (StagedModel if layout.stages > 1 else TrainingModel)(spec)
+    graph = StepGraph(model, spec, (0.1,) * len(model.trainable_params()), 1.0)
+    found = operators(graph, *inputs())
+    parts = {
+        p.name: list(p.shape)
+        for p in graph.get_parameters()
+        if p.name.endswith(SHOWN) and (".h.0." in p.name or ".h." not in p.name)
+    }
+    return {
+        "case": name,
+        "communication": {key: found[key] for key in COMMUNICATION if key in found},
+        "shapes": parts,
+        "gradients": len(graph.weights),
+        "rows": ROWS,
+    }
+
+
+def main() -> None:
+    """See the module."""
+    with tempfile.TemporaryDirectory() as folder:
+        pretend(Path(folder))
+        for name in sys.argv[1:]:
+            print(json.dumps(compiled(name)), flush=True)
+    ms.reset_auto_parallel_context()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The Ascend training graph on CPU through stand-ins of the fused operators: golden steps, LoRA, packing, overflow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from research.qwen.errors import TrainingError
+from research.qwen.kernels.ascend_training import Spec
+from research.qwen.kernels.parallel_layout import ParallelLayout
+from research.qwen.model.ascend_train_step import AscendTrainStep, step_arrays
+from research.qwen.model.train_step import open_training
+from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
+from tests.kernels.ascend_train_standins import train_standins
+from tests.model.training_cases import golden, golden_batch, model_folder, packed, rows_of, texts
+
+pytestmark = pytest.mark.mindspore
+FULL = MethodSpec()
+LORA = MethodSpec("lora", 4, 8.0, 0.0, targets=("all",), modules_to_save=("lm_head",))
+
+
+def plain_step(method):
+    """The golden model in training on ``reference``; of an adapter neither half is zero."""
+    plain = open_training(model_folder(), method=method, seed=3)
+    random = np.random.default_rng(1)
+    for name, value in plain.trainable().items():
+        if "lora_B" in name:
+            value[:] = random.normal(0, 0.05, value.shape)
+    return plain
+
+
+def ascend_step(plain, length=None, dtype="float32", optimizer=None, **spec) -> AscendTrainStep:
+    """The same model as a graph of Ascend's cells."""
+    weights = {name: value.copy() for name, value in plain.model.weights.items()}
+    fused = train_standins(dtype)
+    optimizer = optimizer or plain.optimizer.spec
+    return AscendTrainStep(Spec(plain.config, compute=dtype, fused=fused, **spec), optimizer, weights, length)
+
+
+def assert_same_weights(ours, theirs, limit):
+    assert set(ours.trainable()) == set(theirs.trainable())
+    for name, value in ours.trainable().items():
+        assert np.abs(value - theirs.trainable()[name]).max() < limit, name
+
+
+def test_golden_steps_and_resume():
+    """Losses and gradient norms of the published trainer's five steps; the last two after a resume, bit by bit."""
+    found, plain = golden(), plain_step(FULL)
+    batch = golden_batch(found)
+    step = ascend_step(plain, batch.ids.shape[1])
+    losses, norms, kept = [], [], {}
+    for number in range(5):
+        if number == 3:
+            kept = {name: value.copy() for name, value in step.state().items()}
+        result, other = step.step([batch], 1e-3), plain.step([batch], 1e-3)
+        assert result.tokens == other.tokens and not result.overflow
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    losses.append(step.evaluate(batch)[0] / result.tokens)
+    assert np.abs(np.array(losses) - found["trainer_losses"]).max() < 1e-4
+    assert np.abs(np.array(norms) / found["trainer_grad_norms"] - 1).max() < 1e-4
+    assert_same_weights(step, plain, 2e-4)
+    last = step.state()
+    step.load_state(kept)
+    assert [step.step([batch], 1e-3).loss for _ in range(2)] == losses[3:5]
+    assert all(np.array_equal(value, last[name]) for name, value in step.state().items())
+
+
+def test_adapters_packed_rows_and_micro_batches():
+    """LoRA beside frozen weights, several texts a row, the rows in two parts: as the cells of ``reference``."""
+    plain = plain_step(LORA)
+    step = ascend_step(
+        plain,
+        packed=True,
+        trained=False,
+        saved=("lm_head",),
+        rank=4,
+        alpha=8.0,
+        targets=LORA.matrices(),
+        layout=ParallelLayout(micro_batches=2),
+    )
+    a, b, c, d, e, f = texts((9, 4, 13, 7, 5, 8), plain.config.vocab_size)
+    micro = [packed([[a, b], [c]], width=16), packed([[d, e], [f]], width=16)]
+    for _ in range(3):
+        result, other = step.step(micro, 1e-2), plain.step(micro, 1e-2)
+        assert result.tokens == other.tokens == 8 + 3 + 12 + 6 + 4 + 7
+        assert abs(result.loss - other.loss) < 1e-4 and abs(result.grad_norm / other.grad_norm - 1) < 1e-4
+    assert_same_weights(step, plain, 2e-4)
+
+
+def test_float16_scales_its_loss_and_skips_an_overflow():
+    plain = plain_step(FULL)
+    step = ascend_step(plain, 16, "float16", OptimizerSpec(loss_scale=2.0**30, loss_scale_window=2))
+    batch = rows_of(texts((16, 11), plain.config.vocab_size))
+    before = step.trainable()
+    first = step.step([batch], 1e-3)
+    assert first.overflow and first.loss_scale == 2.0**30
+    assert all(np.array_equal(value, before[name]) for name, value in step.trainable().items())
+    while (result := step.step([batch], 1e-3)).overflow:
+        assert step.scale.value < result.loss_scale
+    other = plain.step([batch], 1e-3)
+    assert abs(result.loss - other.loss) < 5e-3 and abs(result.grad_norm / other.grad_norm - 1) < 0.02
+    assert int(step.state()["updates"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "ids", "packing", "message"),
+    [
+        (8, [[1] * 9], False, "exceeds max_length 8"),
+        (8, [[1, 1000]], False, "token id 1000 is outside the vocabulary of 1000"),
+        (8, [[1, -1]], False, "token id -1"),
+    ],
+)
+def test_bad_rows_are_refused(length, ids, packing, message):
+    config = open_config()
+    with pytest.raises(TrainingError, match=message):
+        step_arrays([rows_of(ids)], config, length, 1.0, packing)
+
+
+def test_packed_rows_need_their_graph():
+    with pytest.raises(TrainingError, match="without packing"):
+        step_arrays([packed([[[1, 2], [3, 4]]])], open_config(), None, 1.0, False)
+
+
+def test_the_mask_of_packed_rows():
+    mask = step_arrays([packed([[[1, 2], [3]]], width=4)], open_config(), None, 1.0, True)[5]
+    assert mask[0].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]]
+
+
+def open_config():
+    from research.qwen.config import QwenConfig
+
+    return QwenConfig.from_folder(model_folder())
