@@ -311,6 +311,13 @@ class Logits(nn.Cell):
         return self.matmul(self.norm(x, norm)[1], head)
 
 
+class Log(nn.Cell):
+    """Natural logarithm by way of float64: in float32 the last bit depends on where MindSpore's threads begin."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return ops.cast(ops.log(ops.cast(x, ms.float64)), ms.float32)
+
+
 class HeadLoss(nn.Cell):
     """(x (R, H), targets (R,), ln_f, lm_head) -> losses (R,): logsumexp of the logits minus the target's."""
 
@@ -318,6 +325,7 @@ class HeadLoss(nn.Cell):
         super().__init__()
         self.norm, self.nt = NormForward(eps), ops.MatMul(transpose_b=True)
         self.max, self.sum = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
+        self.log = Log()
 
     def construct(self, x: Tensor, targets: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         normed = self.norm(x, norm)[1]
@@ -325,7 +333,7 @@ class HeadLoss(nn.Cell):
         top = self.max(logits, -1)
         total = self.sum(ops.exp(logits - top), -1)
         own = self.sum(normed * ops.gather(head, targets, 0), -1)
-        return (ops.log(total) + top - own).reshape((-1,))
+        return (self.log(total) + top - own).reshape((-1,))
 
 
 class HeadBackward(nn.Cell):
@@ -342,6 +350,7 @@ class HeadBackward(nn.Cell):
         self.norm, self.unnorm = NormForward(eps), NormBackward()
         self.nn, self.nt, self.tn = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
         self.max, self.sum = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
+        self.log = Log()
 
     def construct(
         self, x: Tensor, targets: Tensor, scale: Tensor, norm: Tensor, head: Tensor
@@ -352,7 +361,7 @@ class HeadBackward(nn.Cell):
         shares = ops.exp(logits - top)
         total = self.sum(shares, -1)
         rows = ops.gather(head, targets, 0)
-        losses = (ops.log(total) + top - self.sum(normed * rows, -1)).reshape((-1,))
+        losses = (self.log(total) + top - self.sum(normed * rows, -1)).reshape((-1,))
         dnormed = (self.nn(shares, head) / total - rows) * scale
         dx, dnorm = self.unnorm(dnormed, hat, inverse, norm)
         if not self.trained:

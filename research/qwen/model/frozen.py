@@ -5,7 +5,7 @@ One buffer of each kind of matrix serves all layers, so beside the stored bits m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,10 @@ class FrozenMatrices:
     def rows(self, name: str, ids: NDArray[np.int32]) -> Array:
         """Rows (T,) of a table as float32."""
         return self._stored[name].rows(ids)
+
+    def items(self) -> Iterator[tuple[str, Stored]]:
+        """Names and matrices."""
+        return iter(self._stored.items())
 
     @property
     def nbytes(self) -> int:

@@ -103,7 +103,7 @@ class TrainingModel:
         self.dropout = Dropout(0.0 if method.kind == "full" else method.dropout, seed)
         self.plan = layer_plan(config, method, self.dropout.keep)
         self._quiet = layer_plan(config, method, 1.0)
-        self._frozen = frozen or FrozenMatrices(numpy_unpack)
+        self.frozen = frozen or FrozenMatrices(numpy_unpack)
         self._tensors = {name: Tensor.from_numpy(array) for name, array in weights.items()}
         self.way = way or reference_way()
         self._graphs: dict[str, Graph] = {}
@@ -173,7 +173,7 @@ class TrainingModel:
         return [Tensor.from_numpy(np.ascontiguousarray(a)) for a in self.way.step(rows)]
 
     def _embed(self, ids: NDArray[np.int32]) -> Array:
-        return self._frozen.rows(WTE, ids) if WTE in self._frozen else self.weights[WTE][ids]
+        return self.frozen.rows(WTE, ids) if WTE in self.frozen else self.weights[WTE][ids]
 
     def _head(self, x: Tensor, rows: Rows, scale: float, gradients: Gradients) -> tuple[float, Array]:
         """Loss, and its gradient with respect to x (T, H), in runs of rows."""
@@ -222,7 +222,7 @@ class TrainingModel:
 
     def _tensor(self, name: str) -> Tensor:
         found = self._tensors.get(name)
-        return found if found is not None else self._frozen.tensor(name)
+        return found if found is not None else self.frozen.tensor(name)
 
     def _graph(self, kind: str, plan: cells.LayerPlan | None = None) -> Graph:
         if kind not in self._graphs:

@@ -112,7 +112,8 @@ static double cross_entropy(float* row, int64_t n, int32_t target, float scale) 
   const float top = maximum_of(row, n), own = row[target];
   const V shift = splat(top);
   const double sum = total(n, [&](int64_t i, int64_t count) {
-    V e = exp_v(some(row + i, count) - shift);
+    const V x = some(row + i, count) - shift;
+    V e = exp_v(x) + x * splat(0.0f);  // exp_v(NaN) is 0, and a loss must not hide a NaN
     put(row + i, e, count);
     if (count < kLanes) e = some(row + i, count);  // what lies behind the row counts nothing
     return e;
