@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from research.qwen.errors import KernelError
 from research.qwen.kernels.lora import MATRICES, Updates, scaled
+from research.qwen.weights.adapters import LowRank
 
 _HEAD, _ENTRY = 3, 3  # numbers of struct Adapted before its weights, and of struct LowRank
+_LANES = 16  # of the widest vectors: products of parts of one take several times as long
 
 
 class AdapterTable:
@@ -28,9 +30,9 @@ class AdapterTable:
                 for number, updates in enumerate(adapters):
                     one = updates.get(f"transformer.h.{layer}.{short}")
                     if one is not None:
-                        a, b = np.ascontiguousarray(one.a, np.float32), scaled(one)
+                        a, b = _padded(one)
                         self._kept += [a, b]
-                        entries[layer, place, number] = a.ctypes.data, b.ctypes.data, one.rank
+                        entries[layer, place, number] = a.ctypes.data, b.ctypes.data, len(a)
 
     def address(self, of: NDArray[np.int32] | None) -> int:
         """Address of the struct for a pass over tokens with these adapters (``lora.row_adapters``), 0 for None.
@@ -44,3 +46,12 @@ class AdapterTable:
         self._of = np.ascontiguousarray(of, np.int32)
         self._numbers[:2] = self._of.ctypes.data, self._of.size
         return int(self._numbers.ctypes.data)
+
+
+def _padded(update: LowRank) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A (R, k) and B (n, R), the rank filled up with zeros to whole vectors."""
+    rank = -(-update.rank // _LANES) * _LANES
+    a = np.zeros((rank, update.a.shape[1]), np.float32)
+    b = np.zeros((update.b.shape[0], rank), np.float32)
+    a[: update.rank], b[:, : update.rank] = update.a, scaled(update)
+    return a, b
