@@ -42,7 +42,8 @@ OTHERS = {
 def with_adapter(method: MethodSpec, folder: Path, backend: str) -> TrainStep:
     """The golden model with an adapter in the place of the first values."""
     step = open_training(model_folder(), method=method, optimizer=PLAIN, backend=backend)
-    parameters, found = step.trainable(), load_adapter(folder).tensors
+    parameters, adapter = step.trainable(), load_adapter(folder)
+    found = {**adapter.tensors, **{name: stored.read() for name, stored in adapter.saved.items()}}
     assert set(parameters) == set(found)
     for name, value in found.items():
         np.copyto(parameters[name], value)
