@@ -3,16 +3,16 @@
 Counted in bytes per device, the largest of its devices where a model is split. With H the hidden size, F the width of
 the MLP, L layers, V rows of the vocabulary, T = batch_size x max_length tokens of a micro batch:
 
-    weights       frozen ones as stored (cpu) or in the computing dtype (ascend); trained ones float32, and on ascend
-                  a second time in the computing dtype
+    weights       frozen ones as stored (cpu: one layer at a time and lm_head also in float32) or in the computing dtype
+                  (ascend); trained ones float32, and on ascend a second time in the computing dtype
     gradients     float32, of what is trained
     optimizer     AdamW's two averages, float32, of what is trained
-    activations   what the backward pass of a layer needs: see ``layer_activations``; with recompute H per token and
-                  layer, and those of one layer
-    logits        a chunk of rows at a time, V values each, and their gradients
+    activations   what each layer keeps for its backward pass (with recompute: H per token), and the layer at work
+    logits        a chunk of rows at a time, V values each; on cpu also the copies of lm_head that MindSpore's matrix
+                  product rearranges for itself
     runtime       the interpreter, MindSpore and its compiled graphs
 
-Estimates: measured on CPU against the peak of the process (tests); on NPUs not measured.
+On CPU fitted to the peak of the process over models of 1 to 8 layers (within a fifth; see tests); on NPUs not measured.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from research.qwen.quant.schemes import Scheme
 from research.qwen.train.recipe import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-LOGIT_ROWS = 256  # rows of logits computed at once
-RUNTIME = {"cpu": 800 << 20, "ascend": 2 << 30}
+LOGIT_ROWS = 512  # rows of logits computed at once
+HEAD_COPIES = {"cpu": 2.25, "ascend": 0.0}  # of lm_head in float32, measured
+WORKING = 3  # times what a layer keeps: the inner values and gradients of the layer at work, measured on cpu
+RUNTIME = {"cpu": 520 << 20, "ascend": 2 << 30}
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,25 @@ def matrix_bytes(fmt: str, rows: int, columns: int) -> int:
     return padded_rows * padded_columns * scheme.bits // 8 + groups * (scale + int(scheme.zeros))
 
 
-def layer_activations(config: QwenConfig, recipe: Recipe, width: int) -> int:
-    """Bytes that one layer keeps per micro batch for its backward pass, with numbers of ``width`` bytes.
+def kept_values(config: QwenConfig, recipe: Recipe, device: str) -> int:
+    """Numbers per token that one layer keeps for its backward pass.
 
-    Per token 8 H (block input, norm, q, k, v, attention, its output, second norm) + 4 F (w1, w2, silu, product); the
-    attention's weights (heads x length) where it is not a fused kernel; a dropped-out input per LoRA matrix.
+    cpu: block input, q, k, v, attention, its sum with the input (6 H), w1 and w2 (2 F). ascend, where the graph keeps
+    what its operators want: also both norms (8 H), silu and product (4 F), and the attention's weights, heads x length
+    twice, where it is not the fused operator.
     """
-    tokens = recipe.batch_size * recipe.max_length
+    if device == "cpu":
+        return 6 * config.hidden_size + 2 * config.mlp_width
+    weights = 0 if recipe.flash_attention else 2 * config.num_heads * recipe.max_length
+    return 8 * config.hidden_size + 4 * config.mlp_width + weights
+
+
+def working_values(config: QwenConfig, recipe: Recipe) -> int:
+    """Numbers per token while one layer is computed backwards; LoRA adds its own inputs, thinned out by dropout."""
     values = 8 * config.hidden_size + 4 * config.mlp_width
-    if not (recipe.flash_attention and width == 2):
-        values += 2 * config.num_heads * recipe.max_length
     if recipe.method != "full":
-        shapes = matrices(config)
-        for name in lora_matrices(recipe):
-            values += recipe.lora_rank + (shapes[name][1] if recipe.lora_dropout else 0)
-    return tokens * values * width
+        values += sum(matrices(config)[name][1] for name in lora_matrices(recipe))
+    return WORKING * values
 
 
 def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: str = "bfloat16") -> Estimate:
@@ -155,8 +161,8 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
         weights=frozen + master,
         gradients=4 * learned,
         optimizer=8 * learned // copies,
-        activations=_activations(config, recipe, width, layers),
-        logits=_logits(config, recipe, width),
+        activations=_activations(config, recipe, device, width, layers),
+        logits=_logits(config, recipe, device, width),
         runtime=RUNTIME[device],
         parameters=parameters(config),
         trainable=trainable(config, recipe),
@@ -170,25 +176,35 @@ def _frozen(config: QwenConfig, recipe: Recipe, device: str, stored: str, layers
     layer = sum(matrix_bytes(fmt, *shape) for shape in matrices(config).values()) + 4 * vectors(config)
     tables = [name for name in ("lm_head", "wte") if name not in recipe.modules_to_save][:ends]
     float_fmt = plain if plain in BYTES else "float16"
-    return layers * layer + sum(
-        matrix_bytes(float_fmt, config.vocab_size, config.hidden_size) for _ in tables
-    )
+    table = config.vocab_size * config.hidden_size
+    total = layers * layer + len(tables) * table * BYTES[float_fmt]
+    if device == "cpu" and "lm_head" in tables and float_fmt != "float32":
+        total += 4 * table
+    if device == "cpu" and fmt != "float32":
+        total += 4 * sum(prod(shape) for shape in matrices(config).values())
+    return total
 
 
-def _activations(config: QwenConfig, recipe: Recipe, width: int, layers: int) -> int:
-    layer = layer_activations(config, recipe, width) // recipe.model_parallel
-    border = recipe.batch_size * recipe.max_length * config.hidden_size * width
+def _activations(config: QwenConfig, recipe: Recipe, device: str, width: int, layers: int) -> int:
+    tokens = recipe.batch_size * recipe.max_length
+    border = tokens * config.hidden_size * width
+    layer = tokens * kept_values(config, recipe, device) * width // recipe.model_parallel
     waiting = min(
         recipe.pipeline_stage, recipe.micro_batch_num
     )  # micro batches on their way through the stages
     kept = layers * (border if recipe.recompute else layer) * waiting
-    return kept + layer  # and one layer whose gradients are being computed
+    return kept + tokens * working_values(config, recipe) * width // recipe.model_parallel
 
 
-def _logits(config: QwenConfig, recipe: Recipe, width: int) -> int:
+def _logits(config: QwenConfig, recipe: Recipe, device: str, width: int) -> int:
     rows = min(LOGIT_ROWS, recipe.batch_size * recipe.max_length)
-    return rows * config.vocab_size * 2 * 4 // recipe.model_parallel + recipe.batch_size * (
-        recipe.max_length * config.hidden_size * 2 * width
+    table = config.vocab_size * config.hidden_size
+    split = rows * config.vocab_size * 4 * (1 if device == "cpu" else 2) + int(
+        HEAD_COPIES[device] * 4 * table
+    )
+    return (
+        split // recipe.model_parallel
+        + 2 * recipe.batch_size * recipe.max_length * config.hidden_size * width
     )
 
 

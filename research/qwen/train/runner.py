@@ -118,7 +118,7 @@ def open_step(run: Prepared, exchange: Any = None) -> TrainStep:
 
 def backend_name(run: Prepared) -> str:
     """The backend the recipe names, or that of the device."""
-    return run.recipe.backend or ("ascend" if run.device == "ascend" else "reference")
+    return run.recipe.backend or run.device
 
 
 def loop_options(recipe: Recipe) -> LoopOptions:
