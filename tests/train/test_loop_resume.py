@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from research.qwen.errors import CheckpointError, TrainingError
+from research.qwen.train.checkpoints import load_checkpoint
 from research.qwen.train.schedule import Schedule
 from tests.train.fake_training import FakeBatches, FakeResult, FakeStep, curve, train
 
@@ -90,6 +91,27 @@ def test_stopped_anywhere_and_resumed(when: int, tmp_path: Path) -> None:
     assert again.reason == "finished"
     assert curve(again) == curve(expected)
     assert again.best is not None and again.best.name == expected.best.name
+    # Also the checkpoint of step 12 knows of the evaluation that came after it was written.
+    assert again.latest is not None and expected.latest is not None
+    ends = [load_checkpoint(folder).state for folder in (again.latest, expected.latest)]
+    assert ends[0]["evaluations"] == ends[1]["evaluations"] and len(ends[0]["evaluations"]) == 4
+    assert ends[0]["best_step"] == ends[1]["best_step"]
+
+
+def test_a_stop_cuts_an_evaluation_short(tmp_path: Path) -> None:
+    """It is not finished first, which may take long, and the resumed run does it anew."""
+    expected, stop, step = whole(tmp_path / "a"), Quiet(), FakeStep()
+    evaluate, read = step.evaluate, []
+
+    def stopping(batch: Any) -> tuple[float, int]:
+        read.append(batch)
+        stop.name = "SIGTERM"
+        return evaluate(batch)
+
+    step.evaluate = stopping  # type: ignore[method-assign]
+    part = whole(tmp_path / "b", step=step, stop=stop)
+    assert (part.reason, part.step, len(read), part.history.evaluations) == ("SIGTERM", 3, 1, [])
+    assert curve(whole(tmp_path / "b", resume="latest")) == curve(expected)
 
 
 def test_a_stop_before_the_first_step_saves_nothing(tmp_path: Path) -> None:
