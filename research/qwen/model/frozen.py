@@ -14,7 +14,7 @@ from mindspore import Tensor
 from numpy.typing import NDArray
 
 from research.qwen.kernels.arrays import widen
-from research.qwen.kernels.native_unpack import Unpacker
+from research.qwen.kernels.native_unpack import Unpacker, numpy_unpack
 from research.qwen.kernels.packing import Packing
 from research.qwen.quant.schemes import PANEL, dequantize_packed
 
@@ -41,6 +41,12 @@ class Stored:
             np.left_shift(bits, 16, out=bits)
         else:
             np.copyto(out, self.arrays["weight"])
+
+    def wide(self) -> Array:
+        """The float32 values, by NumPy."""
+        out = np.empty((self.n, self.k), np.float32)
+        self.fill(out, numpy_unpack)
+        return out
 
     def rows(self, ids: NDArray[np.int32]) -> Array:
         """Rows (T,) of a table as float32 (T, k)."""

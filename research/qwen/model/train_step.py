@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from research.qwen.model.training import Gradients, TrainingModel
 from research.qwen.model.training_rows import BatchLike, count_targets, flatten
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 from research.qwen.model.training_weights import training_weights
+
+if TYPE_CHECKING:
+    from research.qwen.kernels.parallel_layout import ParallelLayout
+    from research.qwen.model.ascend_train_step import AscendTrainStep
 
 Array = NDArray[np.float32]
 FIRST, SECOND = "adam_m.", "adam_v."
@@ -194,16 +198,30 @@ def open_training(
     seed: int = 0,
     recompute: bool = False,
     exchange: Exchange | None = None,
-) -> TrainStep:
-    """Load a checkpoint (anything that ``open_model`` takes) for training on the CPU.
+    layout: ParallelLayout | None = None,
+    packed: bool = False,
+    length: int | None = None,
+) -> TrainStep | AscendTrainStep:
+    """Load a checkpoint (anything that ``open_model`` takes) for training.
 
     ``config`` None is the one beside the checkpoint. ``seed``: of new LoRA matrices and of dropout. ``recompute``: keep
-    only the input of every layer and run it again in the backward pass. Raises CheckpointError, ConfigError,
-    KernelError, TrainingError.
+    only the input of every layer and run it again in the backward pass. For Ascend alone: ``layout`` over devices,
+    ``packed`` whether rows hold several texts, ``length`` of every row (None: a graph for each that comes). Raises
+    CheckpointError, ConfigError, KernelError, TrainingError.
     """
     method, optimizer = method or MethodSpec(), optimizer or OptimizerSpec()
+    if backend == "ascend":
+        from research.qwen.model.open_ascend import open_ascend, select_device
+
+        select_device()
+        found = training_weights(Path(checkpoint), config, method, backend, seed)
+        return open_ascend(
+            found, method, optimizer, compute_dtype, recompute, exchange, layout, packed, length
+        )
     if backend not in BACKENDS:
-        raise KernelError(f"backend {backend!r} does not train here; choose one of {', '.join(BACKENDS)}")
+        raise KernelError(
+            f"backend {backend!r} does not train here; choose one of {', '.join(BACKENDS)}, ascend"
+        )
     if compute_dtype != "float32":
         raise KernelError(f"training on the CPU computes in float32, not {compute_dtype!r}")
     way = cpu_way() if backend == "cpu" else reference_way()
