@@ -13,11 +13,15 @@ from research.qwen.errors import ConfigError
 from research.qwen.train import loop
 from research.qwen.train.options import LoopOptions, Outcome
 from research.qwen.train.preparing import Prepared, check_memory, overview, prepare, warnings
-from research.qwen.train.protocols import Ranks, TrainStep
+from research.qwen.train.protocols import Ranks
 from research.qwen.train.recipe import Recipe, changed
 from research.qwen.train.results import publish, result_name, saver, written_bytes
 from research.qwen.train.schedule import Schedule
 from research.qwen.train.signals import StopSignals
+
+if TYPE_CHECKING:
+    from research.qwen.model.ascend_train_step import AscendTrainStep
+    from research.qwen.model.train_step import TrainStep
 
 # Settings that the loop records and compares itself.
 _OF_THE_LOOP = frozenset("learning_rate schedule lr_end warmup_ratio warmup_steps accumulation".split())
@@ -94,7 +98,7 @@ def train(
     return Summary(outcome, publish(best, recipe.output_dir / result_name(recipe)))
 
 
-def open_step(run: Prepared, exchange: Any = None) -> TrainStep:
+def open_step(run: Prepared, exchange: Any = None) -> TrainStep | AscendTrainStep:
     """The model in training: weights loaded, optimizer at its beginning."""
     from research.qwen.model.train_step import open_training
 
