@@ -49,6 +49,12 @@ def test_chat(adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert said("--lora", str(adapter)) != said() != ""
 
 
+def test_info(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(adapter)]) == 0
+    shown = capsys.readouterr().out
+    assert "rank          4; factor 2" in shown and "15 matrices" in shown and "beside them   none" in shown
+
+
 def test_mistakes(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(*argv: str) -> str:
         assert main(list(argv)) == 2
@@ -58,4 +64,5 @@ def test_mistakes(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "one adapter" in fails("generate", str(demo_folder()), "-p", "x", *twice)
     assert "one adapter" in fails("chat", str(demo_folder()), *twice)
     assert "no such adapter" in fails("generate", str(demo_folder()), "-p", "x", "--lora", "nowhere")
+    assert "is a LoRA adapter and no model" in fails("generate", str(adapter), "-p", "x")
     assert "--lora loads a model here" in fails("chat", "--url", "http://127.0.0.1:9", "--lora", str(adapter))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -315,3 +317,21 @@ def test_merging_mistakes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"too large for float16.*bfloat16"):
         merge(base, huge, tmp_path / "out", "float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "huge"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    adapter = random_adapter(model())
+    save_adapter(tmp_path / "a", adapter)
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for target, force in (("a", True), ("b", False)):
+            with pytest.raises(CheckpointError, match="disk full"):
+                save_adapter(tmp_path / target, random_adapter(model(), 5), force=force)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(CheckpointError, match="not empty"):
+        save_adapter(tmp_path / "a", adapter)

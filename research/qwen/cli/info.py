@@ -1,4 +1,4 @@
-"""``info``: what a checkpoint is, whether it is whole, and what this machine can run it on. Loads no weights."""
+"""``info``: what a checkpoint or an adapter is, whether it is whole, what this machine can run it on. Loads no weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m research.qwen.cli info",
         description="Describe a checkpoint (default: the embedded demo model) and this machine.",
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or weights file")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder or weights file, of a model or an adapter"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show log lines")
     return parser
 
@@ -28,9 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     quieten(args.verbose)
     from research.qwen.demo import demo_folder
+    from research.qwen.weights.adapters import is_adapter
 
     path = Path(args.model) if args.model else demo_folder()
-    for line in [*describe_model(path), "", *describe_machine()]:
+    about = describe_adapter(path) if is_adapter(path) else describe_model(path)
+    for line in [*about, "", *describe_machine()]:
         print(line)
     return 0
 
@@ -64,6 +68,27 @@ def describe_model(path: Path) -> list[str]:
         f"stored as     {', '.join(sorted(stored))}: {weights / 2**20:,.1f} MiB",
         f"KV cache      {cache / 2**10:,.1f} KiB a token in float32",
         f"vocabulary    {describe_vocabulary(folder)}",
+    ]
+
+
+def describe_adapter(path: Path) -> list[str]:
+    """Lines about a LoRA adapter; raises what reading it raises."""
+    from research.qwen.weights.adapters import load_adapter
+
+    adapter = load_adapter(path)
+    config, updates = adapter.config, adapter.updates()
+    size = sum(array.size for array in adapter.tensors.values())
+    whole = ", ".join(config.modules_to_save) or "none"
+    targets = config.targets if isinstance(config.targets, str) else ", ".join(config.targets)
+    factors = sorted({update.scale for update in updates.values()})
+    return [
+        f"adapter       {adapter.where}",
+        f"base          {config.base or 'not named'}",
+        f"rank          {', '.join(map(str, sorted({update.rank for update in updates.values()}))) or 'none'}; factor "
+        f"{', '.join(f'{factor:g}' for factor in factors) or 'none'}",
+        f"targets       {targets}: {len(updates)} matrices, {size / 1e6:,.2f} M parameters, whole",
+        f"beside them   {whole}"
+        + (" (merge it: such an adapter cannot share a base)" if adapter.saved else ""),
     ]
 
 

@@ -18,7 +18,7 @@ from research.qwen.model.precision import Precision
 from research.qwen.model.quantise import native_quantiser, quantised_source
 from research.qwen.model.runtime import Runtime
 from research.qwen.settings import RunSettings, load_settings
-from research.qwen.weights.adapters import check_fits, load_adapter
+from research.qwen.weights.adapters import check_fits, is_adapter, load_adapter
 from research.qwen.weights.readers import open_checkpoint
 
 DEVICES = ("cpu", "ascend", "auto")
@@ -56,6 +56,11 @@ def open_model(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no such checkpoint: {path}")
+    if is_adapter(path) and not ((path if path.is_dir() else path.parent) / "config.json").exists():
+        raise CheckpointError(
+            f"{path} is a LoRA adapter and no model: give its base as the model and this one with --lora (adapters=), "
+            "or merge the two"
+        )
     name = resolve_backend(device, backend)
     settings = find_settings(path, config)
     folder = path if path.is_dir() else path.parent
