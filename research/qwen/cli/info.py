@@ -1,4 +1,4 @@
-"""``info``: what a checkpoint or an adapter is, whether it is whole, what this machine can run it on. Loads no weights."""
+"""``info``: what a checkpoint or an adapter is, whether it is whole, what can run it here. Loads no weights."""
 
 from __future__ import annotations
 
