@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,3 +227,15 @@ def test_the_hook_is_optional(tmp_path: Path) -> None:
 def test_two_runs_are_the_same(tmp_path: Path) -> None:
     more = {"evaluation": FakeBatches(2), "eval_every": 3}
     assert curve(train(tmp_path / "a", **more)) == curve(train(tmp_path / "b", **more))
+
+
+def test_too_small_a_disk_is_seen_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=1_000_000))
+    step = FakeStep()
+    with pytest.raises(
+        TrainingError, match=r"checkpoints cannot be written: not enough space in .* needed, 2\.0 MB free"
+    ):
+        train(tmp_path, step, model_bytes=1_000_000)
+    assert step.rates == []
