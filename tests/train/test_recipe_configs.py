@@ -66,6 +66,8 @@ def test_settings_reads_them_too(slug: str, method: str) -> None:
 
 @pytest.mark.parametrize(("slug", "method"), CASES)
 def test_each_fits_the_devices_it_names(slug: str, method: str) -> None:
-    """64 GB, of which MindSpore may use 58."""
+    """64 GB, of which MindSpore may use 58; Q-LoRA runs on CPU only."""
     file = read_recipe(recipe_path(slug, method))
-    assert estimate(file.shape, build(file.given), "ascend").total < 58 << 30
+    recipe = build(file.given)
+    device = "cpu" if method == "qlora" else "ascend"
+    assert estimate(file.shape, recipe, device).total < {"cpu": 128 << 30, "ascend": 58 << 30}[device]

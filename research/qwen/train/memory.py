@@ -3,8 +3,8 @@
 Counted in bytes per device, the largest of its devices where a model is split. With H the hidden size, F the width of
 the MLP, L layers, V rows of the vocabulary, T = batch_size x max_length tokens of a micro batch:
 
-    weights       frozen ones as stored (cpu: one layer at a time and lm_head also in float32) or in the computing dtype
-                  (ascend); trained ones float32, and on ascend a second time in the computing dtype
+    weights       trained ones float32; frozen ones as stored (cpu: one layer at a time and lm_head also in float32), on
+                  ascend in the computing dtype, or float32 beside modules_to_save, and the layer at work once more
     gradients     float32, of what is trained
     optimizer     AdamW's two averages, float32, of what is trained
     activations   what each layer keeps for its backward pass (with recompute: H per token), and the layer at work
@@ -138,7 +138,7 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
     """Peak memory of a run on ``device`` (cpu, ascend) from a checkpoint whose matrices are ``stored`` so.
 
     ``recipe.model_parallel`` divides matrices and most activations, ``pipeline_stage`` the layers (the first stage also
-    holds the embedding, the last the head: the larger counts), ``optimizer_parallel`` the optimizer state.
+    holds the embedding, the last the head: the larger counts), ``optimizer_parallel`` what is trained.
     """
     width = BYTES[recipe.compute_dtype] if device == "ascend" else 4
     layers, parts = ceil(config.num_layers / recipe.pipeline_stage), recipe.model_parallel
@@ -152,15 +152,14 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
         else layers * sum(recipe.lora_rank * sum(matrices(config)[name]) for name in lora_matrices(recipe))
         + saved
     )
-    learned //= parts
+    learned //= parts * (recipe.data_parallel if recipe.optimizer_parallel else 1)
     frozen = 0 if full else _frozen(config, recipe, device, stored, layers, ends) // parts
-    copies = recipe.data_parallel if recipe.optimizer_parallel else 1
-    master = 4 * learned // copies + (width * learned if device == "ascend" else 0)
-    master += 0 if device == "ascend" else 4 * learned - 4 * learned // copies
+    if device == "ascend":  # the layer at work in the computing dtype
+        frozen += width * sum(prod(shape) for shape in matrices(config).values()) // parts
     return Estimate(
-        weights=frozen + master,
+        weights=frozen + 4 * learned,
         gradients=4 * learned,
-        optimizer=8 * learned // copies,
+        optimizer=8 * learned,
         activations=_activations(config, recipe, device, width, layers),
         logits=_logits(config, recipe, device, width),
         runtime=RUNTIME[device],
@@ -171,7 +170,9 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
 
 def _frozen(config: QwenConfig, recipe: Recipe, device: str, stored: str, layers: int, ends: int) -> int:
     """Bytes of the weights that are not trained: all but modules_to_save."""
-    plain = recipe.compute_dtype if device == "ascend" else stored
+    plain = stored
+    if device == "ascend":
+        plain = "float32" if recipe.modules_to_save else recipe.compute_dtype
     fmt = plain if recipe.base_dtype == AS_STORED else recipe.base_dtype
     layer = sum(matrix_bytes(fmt, *shape) for shape in matrices(config).values()) + 4 * vectors(config)
     tables = [name for name in ("lm_head", "wte") if name not in recipe.modules_to_save][:ends]

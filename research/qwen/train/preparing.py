@@ -93,6 +93,7 @@ def prepare(recipe: Recipe, shape: QwenConfig | None = None) -> Prepared:
     batches = make_batches(recipe, train, tokenizer, 0, recipe.data_parallel)
     per_epoch = -(-batches.steps_per_epoch // recipe.accumulation)
     device = _device(recipe)
+    check_device(recipe, device, bool(source.formats))
     return Prepared(
         recipe,
         config,
@@ -148,6 +149,23 @@ def check_method(recipe: Recipe, source: Source) -> None:
         )
     if recipe.method == "qlora" and not quantised and recipe.base_dtype == AS_STORED:
         raise ConfigError("qlora needs base_dtype int4 or int8, or a checkpoint that is quantised")
+
+
+def check_device(recipe: Recipe, device: str, quantised: bool) -> None:
+    """ConfigError for what a device cannot do."""
+    if device == "ascend" and (recipe.method == "qlora" or quantised):
+        raise ConfigError(
+            "quantised weights are not trained beside on ascend in this version: use method lora on the original "
+            "checkpoint, or device CPU"
+        )
+    if device == "ascend" and recipe.compute_dtype == "float32":
+        raise ConfigError("on ascend training computes in float16 (910A) or bfloat16 (910B), not float32")
+    if device == "cpu" and (
+        recipe.model_parallel > 1 or recipe.pipeline_stage > 1 or recipe.optimizer_parallel
+    ):
+        raise ConfigError(
+            "model_parallel, pipeline_stage and optimizer_parallel need ascend; on CPU there is data_parallel only"
+        )
 
 
 def model_kind(recipe: Recipe, folder: Path) -> Kind | None:

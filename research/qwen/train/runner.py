@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import ConfigError
+from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.train import loop
 from research.qwen.train.options import LoopOptions, Outcome
 from research.qwen.train.preparing import Prepared, check_memory, overview, prepare, warnings
@@ -77,14 +78,15 @@ def train(
 ) -> Summary:
     """Load the weights and train what was prepared."""
     ranks, recipe = ranks or Ranks(), run.recipe
+    rank = layout(recipe).data_rank(ranks.rank)  # of the copy of the model, which reads rows of its own
     step = open_step(run, exchange)
     outcome = loop.run(
         step,
-        run.batches(ranks.rank, ranks.world),
+        run.batches(rank, recipe.data_parallel),
         loop_options(recipe),
         recipe.output_dir,
         settings=settings(run),
-        evaluation=run.held_out(ranks.rank, ranks.world),
+        evaluation=run.held_out(rank, recipe.data_parallel),
         save_model=saver(run, step.trainable),
         model_bytes=written_bytes(run),
         resume=recipe.resume,
@@ -114,6 +116,20 @@ def open_step(run: Prepared, exchange: Any = None) -> TrainStep | AscendTrainSte
         seed=recipe.seed,
         recompute=recipe.recompute,
         exchange=exchange,
+        layout=layout(recipe),
+        packed=recipe.packing,
+        length=recipe.max_length,
+    )
+
+
+def layout(recipe: Recipe) -> ParallelLayout:
+    """How the model is spread over devices."""
+    return ParallelLayout(
+        data=recipe.data_parallel,
+        model=recipe.model_parallel,
+        stages=recipe.pipeline_stage,
+        micro_batches=recipe.micro_batch_num,
+        optimizer=recipe.optimizer_parallel,
     )
 
 
