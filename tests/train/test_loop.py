@@ -234,8 +234,6 @@ def test_too_small_a_disk_is_seen_before_the_first_step(
 ) -> None:
     monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=1_000_000))
     step = FakeStep()
-    with pytest.raises(
-        TrainingError, match=r"checkpoints cannot be written: not enough space in .* needed, 2\.0 MB free"
-    ):
+    with pytest.raises(TrainingError, match=r"not enough space in .* needed, 2\.0 MB free"):
         train(tmp_path, step, model_bytes=1_000_000)
     assert step.rates == []

@@ -41,6 +41,7 @@ class Quiet:
     """StopSignals without signals."""
 
     name: str | None = None
+    tell: Any = None
 
     def restore(self) -> None:
         pass
@@ -120,6 +121,7 @@ class Signalled(FakeStep):
     def step(self, micro: Any, lr: float) -> Any:
         if self.steps == 4:
             self.stop.name = "SIGTERM"
+            self.stop.tell("SIGTERM came")
         return super().step(micro, lr)
 
 
@@ -131,6 +133,7 @@ def test_a_signal_to_one_ends_all_after_the_same_step(rank: int, tmp_path: Path)
     steps[rank].stop = pair[rank].stop  # type: ignore[attr-defined]
     both(*pair)
     assert [(one.outcome.reason, one.outcome.step) for one in pair if one.outcome] == [("SIGTERM", 5)] * 2
+    assert ("SIGTERM came" in pair[0].stream.getvalue()) == (rank == 0) and pair[1].stream.getvalue() == ""
     again = [Rank(tmp_path, FakeStep()) for _ in range(2)]
     both(*again, resume="latest")
     assert all(one.outcome is not None and one.step.steps == 12 for one in again), [

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from research.qwen.train.signals import SAME_SECONDS
+from research.qwen.train.signals import SAME_SECONDS, StopSignals
 from tests.train.fake_training import curve, train
 
 pytestmark = pytest.mark.slow
@@ -98,3 +99,44 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     again = train(tmp_path, max_steps=1000, save_every=500, resume="latest")
     assert curve(again) == curve(train(tmp_path / "straight", max_steps=1000, save_every=500))
+
+
+OLDER_THREAD = """
+import ctypes, signal, threading, time
+from research.qwen.train.signals import StopSignals
+waiting = threading.Event()
+older = threading.Thread(target=waiting.wait, daemon=True)
+older.start()
+with StopSignals() as stop:
+    ctypes.CDLL(None).signal(signal.SIGTERM, 0)
+    stop.restore()
+    signal.pthread_kill(older.ident, signal.SIGTERM)
+    for _ in range(100):
+        if stop.name:
+            break
+        time.sleep(0.05)
+print(stop.name, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+def test_a_thread_older_than_the_block_may_take_the_signal() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", OLDER_THREAD], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    # Afterwards all is as it was.
+    assert (ended.returncode, ended.stdout) == (0, "SIGTERM True set()\n"), ended.stderr
+    assert "SIGTERM: this step is finished" in ended.stderr
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def use() -> None:
+        with StopSignals() as stop:
+            stop.restore()
+            seen.append((stop.name, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join(10)
+    assert seen == [(None, before)]

@@ -196,6 +196,22 @@ def test_a_summary_of_nothing() -> None:
     assert summary["evaluation"] is None and summary["tokens_per_s"] is None
 
 
+def test_a_resumed_run_replaces_the_events_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    class Noting(EventWriter):
+        def __init__(self, folder: Path, first_step: int) -> None:
+            begun.append(first_step)
+            super().__init__(folder, first_step)
+
+    monkeypatch.setattr(report_module, "EventWriter", Noting)
+    for count in (0, 3):
+        Report(tmp_path, history(count) if count else History()).close()
+    assert begun == [1, 4]
+
+
 def test_events_can_be_left_out(tmp_path: Path) -> None:
     train(tmp_path, tensorboard=False)
     assert not (tmp_path / "tensorboard").exists()

@@ -80,7 +80,8 @@ def run(
     with contextlib.ExitStack() as stack:
         loop = _Loop(step, batches, evaluation, options, ranks, output, plain(config))
         loop.shown = display(stream or sys.stderr, options.log_every, ranks.rank)
-        loop.stop = stop or stack.enter_context(StopSignals(loop.shown.note))
+        loop.stop = stop or stack.enter_context(StopSignals())
+        loop.stop.tell = loop.shown.note  # above the bar, and of rank 0 alone
         loop.save_model, loop.model_bytes = save_model, model_bytes
         stack.callback(loop.close)
         loop.begin(resume, free)

@@ -37,7 +37,7 @@ class StopSignals:
 
     def __init__(self, tell: Callable[[str], None] = _tell) -> None:
         self.name: str | None = None
-        self._tell, self._since = tell, 0.0
+        self.tell, self._since = tell, 0.0
         self._active = False
         self._done = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
@@ -85,7 +85,7 @@ class StopSignals:
             name, now = signal.Signals(number).name, time.monotonic()
             if self.name is None:
                 self.name, self._since = name, now
-                self._tell(f"{name}: this step is finished, then all is saved; once more ends at once")
+                self.tell(f"{name}: this step is finished, then all is saved; once more ends at once")
             elif now - self._since > SAME_SECONDS:
-                self._tell(f"{name} again: ending at once")
+                self.tell(f"{name} again: ending at once")
                 os._exit(128 + number)
