@@ -106,30 +106,55 @@ def test_finetune_then_predict(mf: Any, recipe: Path, demo_folder: Path, tmp_pat
     assert learned == trainer.predict(predict_checkpoint=str(merged), **ask)
 
 
-def test_an_adapter_is_added_exactly(mf: Any, recipe: Path, demo_folder: Path) -> None:
+def test_an_adapter_is_added_exactly(mf: Any, demo_folder: Path, tmp_path: Path) -> None:
+    """Sums in float32; what the adapter trained whole is in place of the base's."""
     from research.qwen.config import QwenConfig
+    from research.qwen.kernels.arrays import widen
     from research.qwen.mf.weights import AdaptedSource
+    from research.qwen.model.lora import lora_shapes
+    from research.qwen.train.recipe import Recipe
+    from research.qwen.train.results import write_adapter
     from research.qwen.weights.readers import open_checkpoint
 
-    edit(recipe, finetune={"max_steps": 2, "lora_rank": 8, "modules_to_save": ["wte", "lm_head"]})
-    summary = trainer_of(mf, recipe).train(train_checkpoint=str(demo_folder))
-    source = AdaptedSource(summary.result, QwenConfig.from_folder(demo_folder))
-    base = open_checkpoint(demo_folder)
-    changed = {name for name in source.names() if source.format(name) != base.dtype(name)}
-    assert len(changed) == 3 * 5 + 2
-    name = "transformer.h.1.mlp.w1.weight"
-    stored = base.read(name).astype(np.uint32) << 16
-    difference = source.read(name) - stored.view(np.float32)
-    assert 0 < np.abs(difference).max() < 0.1
-    assert np.linalg.matrix_rank(difference, tol=1e-4) <= 8
+    config = QwenConfig.from_folder(demo_folder)
+    recipe = Recipe(model=demo_folder, lora_rank=4, lora_alpha=8, modules_to_save=("lm_head",))
+    draw = np.random.default_rng(0).standard_normal
+    arrays = {n: draw(s).astype(np.float32) for n, s in lora_shapes(config, recipe.method_spec()).items()}
+    arrays["lm_head.weight"] = draw((config.vocab_size, config.hidden_size)).astype(np.float32)
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", recipe, arrays)
+    source, base = AdaptedSource(tmp_path / "adapter", config), open_checkpoint(demo_folder)
+    assert {name for name in source.names() if source.format(name) == "float32"} == {
+        name for name in base.names() if len(base.shape(name)) == 2 and "wte" not in name
+    }
+    stem = "transformer.h.1.mlp.w1"
+    product = arrays[f"{stem}.lora_B.weight"] @ arrays[f"{stem}.lora_A.weight"]
+    want = widen(base.read(f"{stem}.weight"), "bfloat16") + np.float32(8 / 4) * product
+    np.testing.assert_allclose(source.read(f"{stem}.weight"), want, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(source.read("lm_head.weight"), arrays["lm_head.weight"])
     bias = "transformer.h.0.attn.c_attn.bias"
-    assert source.format(bias) == base.dtype(bias)
+    np.testing.assert_array_equal(source.read(bias), base.read(bias))
+
+
+def test_an_adapter_whose_base_is_gone(mf: Any, recipe: Path, tmp_path: Path) -> None:
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["w1"],
+        "base_model_name_or_path": "gone",
+    }
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError):
+        trainer_of(mf, recipe).predict(input_data="x", predict_checkpoint=str(adapter))
 
 
 def test_full_then_predict(mf: Any, recipe: Path, demo_folder: Path, tmp_path: Path) -> None:
     edit(recipe, finetune={"method": "full", "max_steps": 1})
     trainer = trainer_of(mf, recipe)
-    summary = trainer.finetune(finetune_checkpoint=str(demo_folder))
+    summary = trainer.train(train_checkpoint=str(demo_folder))
     assert summary.result == tmp_path / "out" / "model"
     names = sorted(path.name for path in summary.result.iterdir())
     assert {"config.json", "model.safetensors", "generation_config.json", "qwen.tiktoken"} <= set(names)
