@@ -126,8 +126,17 @@ LAYERS_7B = 4 * 4096 * 4096 + 3 * 4096 * 11008
 
 def test_what_is_split() -> None:
     whole = memory.estimate(SIZES["7b"], Recipe(method="full"), "ascend")
-    halves = memory.estimate(SIZES["7b"], Recipe(method="full", model_parallel=2), "ascend")
+    in_two = Recipe(method="full", model_parallel=2, vocab_emb_dp=False)
+    halves = memory.estimate(SIZES["7b"], in_two, "ascend")
     assert (halves.gradients, halves.optimizer) == (whole.gradients // 2, whole.optimizer // 2)
+    table = 151936 * 4096
+    copied = memory.estimate(SIZES["7b"], changed(in_two, vocab_emb_dp=True), "ascend")
+    assert copied.gradients - halves.gradients == 4 * table // 2
+    lora = [
+        memory.estimate(SIZES["7b"], Recipe(model_parallel=2, vocab_emb_dp=dp), "ascend")
+        for dp in (True, False)
+    ]
+    assert lora[0].weights - lora[1].weights == 2 * table // 2
     copies = Recipe(method="full", data_parallel=4, optimizer_parallel=True)
     split = memory.estimate(SIZES["7b"], copies, "ascend")
     assert split.optimizer == whole.optimizer // 4 and split.gradients == whole.gradients // 4

@@ -36,7 +36,7 @@ GROUPS = {
     "data": "train_data eval_data max_length mask specials truncation system packing pad shuffle skip_bad vocab_file",
     "checkpoints and reports": "resume save_steps keep eval_steps early_stop log_steps tensorboard",
     "device": "device device_id device_memory backend threads compute_dtype recompute flash_attention data_parallel "
-    "model_parallel pipeline_stage micro_batch_num optimizer_parallel",
+    "model_parallel pipeline_stage micro_batch_num vocab_emb_dp optimizer_parallel",
 }
 
 

@@ -152,8 +152,13 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
         else layers * sum(recipe.lora_rank * sum(matrices(config)[name]) for name in lora_matrices(recipe))
         + saved
     )
-    learned //= parts * (recipe.data_parallel if recipe.optimizer_parallel else 1)
+    learned //= parts
     frozen = 0 if full else _frozen(config, recipe, device, stored, layers, ends) // parts
+    if recipe.vocab_emb_dp and parts > 1:  # the embedding is not split
+        whole = full or "wte" in recipe.modules_to_save
+        learned += (table - table // parts) * whole
+        frozen += width * (table - table // parts) * (not whole)
+    learned //= recipe.data_parallel if recipe.optimizer_parallel else 1
     if device == "ascend":  # the layer at work in the computing dtype
         frozen += width * sum(prod(shape) for shape in matrices(config).values()) // parts
     return Estimate(

@@ -256,6 +256,12 @@ class Recipe:
     model_parallel: int = setting(1, "parallel_config.model_parallel", integer(1), "parts of a matrix")
     pipeline_stage: int = setting(1, "parallel_config.pipeline_stage", integer(1), "groups of layers")
     micro_batch_num: int = setting(1, "parallel_config.micro_batch_num", integer(1), "rows in the pipeline")
+    vocab_emb_dp: bool = setting(
+        True,
+        "parallel_config.vocab_emb_dp",
+        boolean,
+        "every device has the whole embedding, also where matrices are split",
+    )
     optimizer_parallel: bool = setting(
         False, "parallel.enable_parallel_optimizer", boolean, "AdamW's state split over the copies"
     )

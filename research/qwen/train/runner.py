@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,11 @@ def open_step(run: Prepared, exchange: Any = None) -> TrainStep | AscendTrainSte
     from research.qwen.model.train_step import open_training
 
     recipe = run.recipe
+    # Both are read from the environment where they are needed; DEVICE_ID is MindSpore's own.
+    if recipe.threads:
+        os.environ["QWEN_THREADS"] = str(recipe.threads)
+    if recipe.device_id and recipe.world == 1:
+        os.environ["DEVICE_ID"] = str(recipe.device_id)
     half = run.device == "ascend" and recipe.compute_dtype == "float16"
     return open_training(
         run.checkpoint.files[0] if len(run.checkpoint.files) == 1 else run.checkpoint.folder,
@@ -129,6 +135,7 @@ def layout(recipe: Recipe) -> ParallelLayout:
         model=recipe.model_parallel,
         stages=recipe.pipeline_stage,
         micro_batches=recipe.micro_batch_num,
+        whole_embedding=recipe.vocab_emb_dp,
         optimizer=recipe.optimizer_parallel,
     )
 
