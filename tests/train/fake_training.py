@@ -122,6 +122,16 @@ class FakeStep:
         (folder / "adapter_model.safetensors").write_bytes(self.weight.tobytes())
 
 
+class Quiet:
+    """StopSignals without signals and without their thread."""
+
+    name: str | None = None
+    tell: Any = None
+
+    def restore(self) -> None:
+        pass
+
+
 def options(**changes: Any) -> LoopOptions:
     """Twelve steps of one batch with every rate different."""
     return LoopOptions(
@@ -136,6 +146,7 @@ def train(
     fields = LoopOptions.__dataclass_fields__
     chosen = options(**{name: more.pop(name) for name in list(more) if name in fields})
     step = step or FakeStep()
+    more.setdefault("stop", Quiet())
     # A picture takes half a second, and having a file on the disk some milliseconds.
     picture, disk = (mock.patch.object(report, "draw", lambda *_: None), mock.patch("os.fsync"))
     with picture, disk:

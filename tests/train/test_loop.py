@@ -218,7 +218,8 @@ def test_bad_options(name: str) -> None:
         options(**{name: BAD[name]})
 
 
-def test_the_hook_is_optional(tmp_path: Path) -> None:
+def test_the_hook_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("research.qwen.train.report.draw", lambda *_: None)
     outcome = run(FakeStep(), FakeBatches(3), LoopOptions(Schedule(0.1)), tmp_path, stream=io.StringIO())
     assert outcome.latest is not None
     assert [path.name for path in outcome.latest.iterdir()] == ["training"]

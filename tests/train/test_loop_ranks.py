@@ -16,7 +16,7 @@ from research.qwen.errors import QwenError, TrainingError
 from research.qwen.train.loop import run
 from research.qwen.train.options import Outcome
 from research.qwen.train.protocols import Ranks
-from tests.train.fake_training import FakeBatches, FakeStep, curve, options, train
+from tests.train.fake_training import FakeBatches, FakeStep, Quiet, curve, options, train
 
 
 class Meeting:
@@ -35,16 +35,6 @@ class Meeting:
             return whole
 
         return Ranks(rank, 2, total)
-
-
-class Quiet:
-    """StopSignals without signals."""
-
-    name: str | None = None
-    tell: Any = None
-
-    def restore(self) -> None:
-        pass
 
 
 class Rank:

@@ -12,7 +12,7 @@ import pytest
 from research.qwen.errors import CheckpointError, TrainingError
 from research.qwen.train.checkpoints import load_checkpoint
 from research.qwen.train.schedule import Schedule
-from tests.train.fake_training import FakeBatches, FakeResult, FakeStep, curve, train
+from tests.train.fake_training import FakeBatches, FakeResult, FakeStep, Quiet, curve, train
 
 MORE: dict[str, Any] = {
     "accumulate": 2,
@@ -68,15 +68,6 @@ class Stopping(FakeStep):
         if self.steps + 1 == self.when:
             self.stop.name = "SIGTERM"
         return super().step(micro, lr)
-
-
-class Quiet:
-    """StopSignals without signals."""
-
-    name: str | None = None
-
-    def restore(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("when", [1, 3, 5, 6, 12])
