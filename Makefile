@@ -28,8 +28,9 @@ demo: $(RUN_STAMP) ## install, convert the embedded demo model, ask it one quest
 	@$(PY) run_qwen_7b.py --config $(DEMO_DIR)/qwen_demo.yaml --run_mode predict \
 		--load_checkpoint $(DEMO_DIR)/qwen_demo.ckpt --predict_data "$(DEMO_PROMPT)"
 
+# Two workers: most tests wait for one core. A file stays in one process, which loads its models once.
 test: lint ## everything: lint, types, layers, all tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: $(TEST_STAMP) ## the quick tests, without MindSpore, PyTorch and a browser
 	$(PY) -m pytest -m "not mindspore and not torch and not browser and not slow" -n 2 --dist loadfile

@@ -133,7 +133,7 @@ setup(
         "test": [
             TORCH,
             "pytest==9.2.0",
-            "pytest-xdist==3.8.0",  # make test-fast on two cores
+            "pytest-xdist==3.8.0",  # two workers
             "hypothesis==6.170.15",
             "ruff==0.17.5",
             "mypy==2.4.1",
