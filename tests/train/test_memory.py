@@ -80,6 +80,13 @@ def test_full_on_ascend_computes_in_half() -> None:
     found = memory.estimate(TINY, fused, "ascend")
     assert (found.weights, found.gradients, found.optimizer) == (4 * ALL + 2 * LAYER, 4 * ALL, 8 * ALL)
     assert found.activations == 16 * (2 * WIDE + WORK) * 2
+    three = memory.estimate(TINY, changed(fused, accumulation=3), "ascend")
+    assert three.activations - found.activations == 16 * 2 * 2 * WIDE * 2  # one graph holds all micro batches
+    staged = changed(fused, batch_size=2, accumulation=6, pipeline_stage=2, micro_batch_num=3)
+    pipeline = memory.estimate(TINY, staged, "ascend")
+    assert (
+        pipeline.activations == 4 * 16 * (2 * WIDE + WORK) * 2
+    )  # 12 rows in 3 parts, 2 of them on their way
     plain = memory.estimate(TINY, changed(fused, flash_attention=False), "ascend")
     assert plain.activations - found.activations == 16 * 2 * (2 * 2 * 16) * 2  # two layers, two heads
 

@@ -13,9 +13,10 @@ from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError, TrainingError
 from research.qwen.model.lora import first_values
 from research.qwen.train.preparing import Prepared, prepare
-from research.qwen.train.recipe import Recipe, changed
+from research.qwen.train.recipe import Recipe, build, changed
+from research.qwen.train.recipe_file import read_recipe
 from research.qwen.train.results import publish, saver, target_names, write_adapter, written_bytes
-from research.qwen.train.runner import loop_options, settings
+from research.qwen.train.runner import layout, loop_options, settings
 from research.qwen.weights.adapters import check_fits, load_adapter
 from research.qwen.weights.dtypes import convert_block
 from research.qwen.weights.readers import open_checkpoint
@@ -134,3 +135,12 @@ def test_what_a_resumed_run_must_have_in_common(run: Prepared) -> None:
     assert recorded["model"] == "model" and recorded["train_data"] == "dialogues.json"
     assert {"lora_rank", "seed", "weight_decay", "mask", "packing", "clip_norm"} <= set(recorded)
     assert not {"learning_rate", "epochs", "accumulation", "output_dir", "save_steps"} & set(recorded)
+
+
+def test_layouts_of_the_recipes(repository: Path) -> None:
+    """Each divides its model and its rows over the devices it names."""
+    for path in sorted((repository / "configs" / "finetune").glob("*.yaml")):
+        file = read_recipe(path)
+        recipe = build(file.given)
+        rows = recipe.batch_size * recipe.accumulation * recipe.data_parallel
+        layout(recipe).check(file.shape, recipe.world, rows)

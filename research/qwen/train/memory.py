@@ -7,7 +7,8 @@ the MLP, L layers, V rows of the vocabulary, T = batch_size x max_length tokens 
                   ascend in the computing dtype, or float32 beside modules_to_save, and the layer at work once more
     gradients     float32, of what is trained
     optimizer     AdamW's two averages, float32, of what is trained
-    activations   what each layer keeps for its backward pass (with recompute: H per token), and the layer at work
+    activations   what each layer keeps for its backward pass (with recompute: H per token), on ascend for all micro
+                  batches of a step; and the layer at work
     logits        a chunk of rows at a time, V values each; on cpu also the copies of lm_head that MindSpore's matrix
                   product rearranges for itself
     runtime       the interpreter, MindSpore and its compiled graphs
@@ -192,12 +193,15 @@ def _frozen(config: QwenConfig, recipe: Recipe, device: str, stored: str, layers
 
 
 def _activations(config: QwenConfig, recipe: Recipe, device: str, width: int, layers: int) -> int:
-    tokens = recipe.batch_size * recipe.max_length
+    rows, waiting = recipe.batch_size, 1
+    if device == "ascend" and recipe.pipeline_stage > 1:  # micro batches on their way through the stages
+        rows = ceil(rows * recipe.accumulation / recipe.micro_batch_num)
+        waiting = min(recipe.pipeline_stage, recipe.micro_batch_num)
+    elif device == "ascend":  # one graph of all micro batches
+        waiting = recipe.accumulation
+    tokens = rows * recipe.max_length
     border = tokens * config.hidden_size * width
     layer = tokens * kept_values(config, recipe, device) * width // recipe.model_parallel
-    waiting = min(
-        recipe.pipeline_stage, recipe.micro_batch_num
-    )  # micro batches on their way through the stages
     kept = layers * (border if recipe.recompute else layer) * waiting
     return kept + tokens * working_values(config, recipe) * width // recipe.model_parallel
 
