@@ -28,6 +28,7 @@ ALL = 2 * (LAYER + SMALL) + 2 * TABLE + NORM
 def recipe(**values: object) -> Recipe:
     base = {
         "batch_size": 1,
+        "accumulation": 1,
         "max_length": 16,
         "recompute": False,
         "flash_attention": False,
@@ -84,9 +85,8 @@ def test_full_on_ascend_computes_in_half() -> None:
     assert three.activations - found.activations == 16 * 2 * 2 * WIDE * 2  # one graph holds all micro batches
     staged = changed(fused, batch_size=2, accumulation=6, pipeline_stage=2, micro_batch_num=3)
     pipeline = memory.estimate(TINY, staged, "ascend")
-    assert (
-        pipeline.activations == 4 * 16 * (2 * WIDE + WORK) * 2
-    )  # 12 rows in 3 parts, 2 of them on their way
+    # 12 rows in 3 parts, 2 of them on their way through stages of one layer.
+    assert pipeline.activations == 4 * 16 * (2 * WIDE + WORK) * 2
     plain = memory.estimate(TINY, changed(fused, flash_attention=False), "ascend")
     assert plain.activations - found.activations == 16 * 2 * (2 * 2 * 16) * 2  # two layers, two heads
 
