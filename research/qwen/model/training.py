@@ -282,4 +282,7 @@ def layer_plan(config: QwenConfig, method: MethodSpec, keep: float) -> cells.Lay
 
 
 def _any(shape: list[int | None], dtype: Any = ms.float32) -> Tensor:
-    return Tensor(shape=shape, dtype=dtype)
+    known = [size for size in shape if size is not None]
+    if len(known) < len(shape):
+        return Tensor(shape=shape, dtype=dtype)
+    return Tensor.from_numpy(np.empty(known, np.float32))  # never touched, so it takes no memory
