@@ -5,6 +5,7 @@ A line: how often each communication operator occurs, and the shapes of a few pa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -18,10 +19,11 @@ from research.qwen.config import QwenConfig
 from research.qwen.kernels.ascend_train_graph import StagedModel, StepGraph, TrainingModel
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import ParallelLayout
+from research.qwen.model.ascend_shards import Shards
 from tests.kernels.ascend_frontend import operators
 from tests.kernels.pretend_ascend import devices, pretend
 
-LAYERS = 2
+LAYERS = 1  # a stage of a pipeline
 TINY = QwenConfig(
     vocab_size=128, hidden_size=128, num_layers=LAYERS, num_heads=8, intermediate_size=256, kv_channels=16
 )
@@ -31,17 +33,25 @@ COMMUNICATION = ("AllReduce", "AllGather", "ReduceScatter", "Send", "Receive")
 CASES = {
     "data": (ParallelLayout(data=2), 0, {}),
     "model": (ParallelLayout(data=2, model=4), 0, {}),
-    "model vocabulary": (ParallelLayout(data=2, model=4, whole_embedding=False), 0, {}),
-    "model bfloat16 packed": (ParallelLayout(model=4), 3, {"compute": "bfloat16", "packed": True}),
     "optimizer": (ParallelLayout(data=4, optimizer=True), 1, {}),
-    "model optimizer": (ParallelLayout(data=2, model=2, optimizer=True), 0, {"recompute": True}),
+    "all three": (
+        ParallelLayout(data=2, model=2, optimizer=True, whole_embedding=False),
+        0,
+        {"recompute": True},
+    ),
+    "adapters": (
+        ParallelLayout(model=4),
+        3,
+        {
+            "compute": "bfloat16",
+            "packed": True,
+            "trained": False,
+            "rank": 4,
+            "targets": ("attn.c_attn", "mlp.c_proj"),
+        },
+    ),
     "first stage": (ParallelLayout(data=2, model=2, stages=2, micro_batches=4), 0, {}),
     "last stage": (ParallelLayout(data=2, model=2, stages=2, micro_batches=4), 7, {}),
-    "adapters": (
-        ParallelLayout(data=2, model=4),
-        0,
-        {"trained": False, "rank": 4, "targets": ("attn.c_attn", "mlp.c_proj")},
-    ),
 }
 SHOWN = (
     "wte.weight",
@@ -66,32 +76,26 @@ def inputs() -> list[Tensor]:
 def compiled(name: str) -> dict[str, object]:
     """The graph of a case."""
     layout, rank, more = CASES[name]
-    rows = layout.data
-    settings: dict[str, object] = {
-        "dataset_strategy": ((rows,), (rows,), (rows,), (rows, 1, 1), (rows, 1, 1), (rows, 1, 1)),
-        "pipeline_stages": layout.stages,
-    }
-    if layout.optimizer:
-        settings |= {
-            "enable_parallel_optimizer": True,
-            "parallel_optimizer_config": {"parallel_optimizer_threshold": 0},
-        }
-    devices(layout.devices, rank, **settings)
-    spec = Spec(TINY, layout=layout, **{"compute": "float16", **more})
+    devices(layout.devices, rank, **layout.settings())
+    config = dataclasses.replace(TINY, num_layers=LAYERS * layout.stages)
+    spec = Spec(config, layout=layout, **{"compute": "float16", **more})
     model = (StagedModel if layout.stages > 1 else TrainingModel)(spec)
     graph = StepGraph(model, spec, (0.1,) * len(model.trainable_params()), 1.0)
     found = operators(graph, *inputs())
     parts = {
         p.name: list(p.shape)
         for p in graph.get_parameters()
-        if p.name.endswith(SHOWN) and (".h.0." in p.name or ".h." not in p.name)
+        if p.name.endswith(SHOWN) and (".h.0." in p.name or ".h." not in p.name) and "adam_v" not in p.name
     }
+    shards = Shards(layout, rank)
+    shards.found(graph.parameter_layout_dict)
+    whole = {p.name: tuple(p.shape) for p in TrainingModel(spec).get_parameters()}
+    owned = {p: shards.own(p, np.zeros(whole[p])) for p in whole if p in parts}
     return {
         "case": name,
+        "owned": {p: list(part.shape) for p, part in owned.items() if part is not None},
         "communication": {key: found[key] for key in COMMUNICATION if key in found},
         "shapes": parts,
-        "gradients": len(graph.weights),
-        "rows": ROWS,
     }
 
 

@@ -37,9 +37,7 @@ def pretend(folder: Path) -> None:
 def devices(count: int, rank: int, **settings) -> None:
     """The place of this process among ``count`` devices, for the graphs compiled from here on."""
     ms.reset_auto_parallel_context()
-    ms.set_auto_parallel_context(
-        parallel_mode="semi_auto_parallel", device_num=count, global_rank=rank, **settings
-    )
+    ms.set_auto_parallel_context(device_num=count, global_rank=rank, **settings)
     # Operators ask Python for the size of their group; MindSpore's names of groups begin with it.
     comm_ops.get_group_size = lambda group: (
         count if group.endswith("world_group") else int(group.split("-")[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import pytest
 
 pytestmark = [pytest.mark.mindspore, pytest.mark.slow]
 WORKER = Path(__file__).with_name("distributed_worker.py")
+OPTIONS = "--max-steps 3 --lora-rank 4 --lora-dropout 0 --accumulation 1 --learning-rate 1e-3 --warmup-ratio 0".split()
 
 
 def free_port() -> int:
@@ -34,10 +37,27 @@ def environment(repository) -> dict[str, str]:
     }
 
 
+def files(repository) -> list[str]:
+    """Base model and data of the runs through the command."""
+    data = repository / "tests" / "fixtures" / "finetune" / "dialogues.json"
+    return ["--model", str(repository / "research" / "qwen" / "demo" / "model"), "--train-data", str(data)]
+
+
+def kill(processes) -> None:
+    """End these processes and all they have started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
-def results(repository, tmp_path_factory):
-    """What the two processes and the lone one wrote. Whatever happens, no process outlives the test."""
-    folder = tmp_path_factory.mktemp("distributed")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def started(repository, folder):
+    """The two processes, the lone one, and the script for users; none outlives the tests, whatever happens."""
     msrun = [
         str(Path(sys.executable).parent / "msrun"),
         "--worker_num=2",
@@ -45,22 +65,40 @@ def results(repository, tmp_path_factory):
         "--join=True",
     ]
     msrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--log_dir={folder / 'log'}"]
-    commands = [
-        [*msrun, "--cluster_time_out=60", str(WORKER), str(folder)],
-        [sys.executable, str(WORKER), str(folder)],
-    ]
+    script = [str(repository / "scripts" / "msrun_finetune.sh"), "2", *files(repository), *OPTIONS]
+    commands = {
+        "two": [*msrun, "--cluster_time_out=60", str(WORKER), str(folder)],
+        "one": [sys.executable, str(WORKER), str(folder)],
+        "script": [*script, "--batch-size", "2", "--output", "out"],
+    }
     env = environment(repository)
-    started = [subprocess.Popen(c, cwd=folder, env=env, start_new_session=True) for c in commands]
+    env |= {"MASTER_PORT": str(free_port()), "LOG_DIR": str(folder / "script")}
+    processes = {}
     try:
-        codes = [process.wait(120) for process in started]
+        for name, command in commands.items():
+            with (folder / f"{name}.txt").open("w") as output:
+                processes[name] = subprocess.Popen(
+                    command, cwd=folder, env=env, start_new_session=True, stdout=output, stderr=output
+                )
+        yield processes
     finally:
-        for process in started:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-    logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("log/worker_*.log"))
-    assert codes == [0, 0], logs
+        kill(processes.values())
+
+
+def finished(process, folder, name) -> str:
+    """What a process wrote; it has to end well."""
+    code = process.wait(150)
+    text = (folder / f"{name}.txt").read_text(errors="replace")
+    logs = [path.read_text(errors="replace")[-2000:] for path in folder.glob("*/worker_*.log")]
+    assert code == 0, text + "\n".join(logs)
+    return text
+
+
+@pytest.fixture(scope="module")
+def results(started, folder):
+    """What the two processes and the lone one wrote."""
+    for name in ("two", "one"):
+        finished(started[name], folder, name)
     return {name: dict(np.load(folder / f"rank{name}.npz")) for name in ("0of2", "1of2", "0of1")}
 
 
@@ -93,3 +131,38 @@ def test_an_overflow_in_one_process_skips_the_step_in_all(results, method):
 
 def test_sums_of_float64_are_exact(results):
     assert results["0of2"]["total"].tolist() == [np.pi + np.pi * 1e9, 2 * (1 + 1e-15), np.inf]
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def test_the_script_trains_as_one_command_with_twice_the_rows(started, repository, folder):
+    """The same samples in the same order: rows of both processes together are those of one with twice the batch."""
+    from research.qwen.cli import main
+
+    alone = folder / "alone"
+    assert main(["finetune", *files(repository), *OPTIONS, "--batch-size", "4", "--output", str(alone)]) == 0
+    told = finished(started["script"], folder, "script")
+    assert "of 2 x 1 x 2 rows" in told and "out/adapter" in told
+    got, want = losses(folder / "out"), losses(alone)
+    assert len(got) == len(want) == 3 and np.abs(np.array(got) - want).max() < 1e-4, (got, want)
+    assert (folder / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["x"], {}, "number of processes must be a whole number"),
+        (["2"], {"NODES": "2"}, "MASTER_ADDR, the address of the machine"),
+        (["2"], {"NODES": "2", "NODE_RANK": "2"}, "NODE_RANK must be a whole number from 0 to 1"),
+        (["2"], {"MASTER_PORT": "80"}, "MASTER_PORT must be"),
+        (["2"], {"PYTHON": "no-such-python"}, "no no-such-python; set PYTHON"),
+    ],
+)
+def test_the_script_checks_its_arguments(repository, arguments, variables, message):
+    script = str(repository / "scripts" / "msrun_finetune.sh")
+    kept = {name: value for name, value in os.environ.items() if name not in ("NODES", "MASTER_ADDR")}
+    done = subprocess.run([script, *arguments], env={**kept, **variables}, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr

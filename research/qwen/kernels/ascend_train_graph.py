@@ -94,6 +94,7 @@ class TrainingModel(nn.Cell):
     def __init__(self, spec: Spec):
         super().__init__()
         config, layout = spec.config, spec.layout
+        self.spec = spec
         self.transformer = Transformer(spec)
         self.lm_head = Linear(spec, config.hidden_size, config.vocab_size, False, (1, layout.model))
         self.lm_head.weight.requires_grad = spec.trained or "lm_head" in spec.saved
@@ -119,12 +120,13 @@ class StagedModel(TrainingModel):
 _square = ops.MultitypeFuncGraph("qwen_square")
 _times = ops.MultitypeFuncGraph("qwen_times")
 _adamw = ops.MultitypeFuncGraph("qwen_adamw")
+# The mark by which MindSpore knows a norm of gradients, and completes it with the sums over shards and stages.
+_marked = ops.ExpandDims().add_prim_attr("grad_scale", True)
 
 
 @_square.register("Tensor")
 def _square_sum(gradient):
-    # The form MindSpore recognises in gradients and completes with the sums over shards and stages.
-    return ops.expand_dims(ops.ReduceSum(False)(ops.square(gradient), ()), 0)
+    return _marked(ops.ReduceSum(False)(ops.square(gradient), ()), 0)
 
 
 @_times.register("Tensor", "Tensor")
@@ -199,12 +201,15 @@ class MicroBatches(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.parts = model, parts
 
+    def part(self, inputs: tuple[Tensor, ...], i: int) -> tuple[Tensor, ...]:
+        cut: tuple[Tensor, ...] = ()
+        for value in inputs:
+            size = value.shape[0] // self.parts
+            cut += (value[i * size : (i + 1) * size],)
+        return cut
+
     def construct(self, *inputs: Tensor) -> Tensor:
         total = 0.0
         for i in range(self.parts):
-            part = ()
-            for value in inputs:
-                size = value.shape[0] // self.parts
-                part += (value[i * size : (i + 1) * size],)
-            total = total + self.model(*part)
+            total = total + self.model(*self.part(inputs, i))
         return total

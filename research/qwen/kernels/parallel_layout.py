@@ -39,6 +39,22 @@ class ParallelLayout:
         """Number of devices the layout is for."""
         return self.data * self.model * self.stages
 
+    def settings(self) -> dict[str, Any]:
+        """MindSpore's ``set_auto_parallel_context`` for the step graph, whose six inputs a device gets its rows of."""
+        rows = self.data
+        found: dict[str, Any] = {
+            "parallel_mode": "semi_auto_parallel",
+            "dataset_strategy": ((rows,), (rows,), (rows,), (rows, 1, 1), (rows, 1, 1), (rows, 1, 1)),
+            "pipeline_stages": self.stages,
+            "gradients_mean": False,
+        }
+        if self.optimizer:
+            found |= {
+                "enable_parallel_optimizer": True,
+                "parallel_optimizer_config": {"parallel_optimizer_threshold": 0},
+            }
+        return found
+
     def data_rank(self, rank: int) -> int:
         """Which copy of the model a process belongs to, so which rows it reads; stages count slowest, then copies."""
         return rank % (self.data * self.model) // self.model

@@ -7,6 +7,7 @@ graphs of fused operators are compiled for a shape.
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from research.qwen.kernels.ascend_cells import converted
 from research.qwen.kernels.ascend_train_graph import StagedModel, StepGraph, TrainingModel
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import bands, published_name
+from research.qwen.model.ascend_shards import Shards
 from research.qwen.model.train_step import FIRST, SECOND, Alone, Exchange, LossScale, StepResult
 from research.qwen.model.training_rows import IGNORED, BatchLike, count_targets
 from research.qwen.model.training_specs import OptimizerSpec
@@ -30,18 +32,23 @@ Array = NDArray[np.float32]
 
 
 def step_arrays(
-    batches: Sequence[BatchLike], config: QwenConfig, length: int | None, share: float, packed: bool
+    batches: Sequence[BatchLike],
+    config: QwenConfig,
+    length: int | None,
+    share: float,
+    packed: bool,
+    rows: int = 0,
 ) -> tuple[NDArray[Any], ...]:
     """ids, targets, shares (T,), cos, sin (B, S, d), mask (B, S, S) of the rows of all batches, S = ``length``.
 
-    Without a ``length`` S is that of the longest batch.
+    Without a ``length`` S is that of the longest batch. Where there are less than ``rows``, empty ones are added.
 
     A token predicts the next one of the same text; ``share`` is what it counts where its label is not ignored.
     TrainingError for a row beyond ``length`` or an id outside the vocabulary.
     """
     length = length or max(batch.ids.shape[1] for batch in batches)
     ids, labels, positions, segments = (
-        np.concatenate([_padded(getattr(batch, name), length, fill) for batch in batches])
+        _stacked([getattr(batch, name) for batch in batches], length, rows, fill)
         for name, fill in (("ids", 0), ("labels", IGNORED), ("positions", 0), ("segments", -1))
     )
     targets = np.zeros_like(ids)
@@ -69,19 +76,24 @@ def step_arrays(
     return ids.reshape(-1), targets.reshape(-1), shares.reshape(-1), np.cos(angles), np.sin(angles), mask
 
 
-def _padded(array: NDArray[np.int32], length: int, fill: int) -> NDArray[np.int32]:
-    """(B, S) -> (B, length)."""
-    if array.shape[1] > length:
-        if not (array[:, length:] == fill).all():
-            raise TrainingError(f"a row of {array.shape[1]} tokens exceeds max_length {length} of this graph")
-        return array[:, :length]
-    out = np.full((len(array), length), fill, np.int32)
-    out[:, : array.shape[1]] = array
+def _stacked(parts: Sequence[NDArray[np.int32]], length: int, rows: int, fill: int) -> NDArray[np.int32]:
+    """Arrays (B, S) below one another as (at least ``rows``, length), ``fill`` where there is nothing."""
+    out = np.full((max(rows, sum(len(part) for part in parts)), length), fill, np.int32)
+    at = 0
+    for part in parts:
+        if (part[:, length:] != fill).any():
+            raise TrainingError(f"a row of {part.shape[1]} tokens exceeds max_length {length} of this graph")
+        out[at : at + len(part), : part.shape[1]] = part[:, :length]
+        at += len(part)
     return out
 
 
 class AscendTrainStep:
-    """A model on Ascend, its optimizer and where it stands; see ``train_step.TrainStep`` for the methods."""
+    """A model on Ascend, its optimizer and where it stands; see ``train_step.TrainStep`` for the methods.
+
+    On several devices MindSpore divides the parameters when it first compiles the graph; until then ``_waiting`` holds
+    what they will be set to. ``state`` and ``trainable`` are called by all processes then, which add up their parts.
+    """
 
     def __init__(
         self,
@@ -105,14 +117,21 @@ class AscendTrainStep:
         )
         self.graph = StepGraph(self.model, spec, decays, optimizer.clip_norm)
         self._steps = self._updates = 0
-        for parameter in self.model.get_parameters():
-            _fill(parameter, weights, spec.layout.model)
+        self._rows = (
+            0  # of a step; the last one of an epoch has fewer, and is filled up rather than compiled for
+        )
+        self._shapes = {p.name: tuple(p.shape) for p in self.graph.get_parameters()}
+        self._shards = Shards(spec.layout, self._exchange.rank) if spec.layout.devices > 1 else None
+        self._waiting: Mapping[str, NDArray[Any]] | None = None if self._shards is None else weights
+        if self._shards is None:
+            for parameter in self.model.get_parameters():
+                _fill(parameter, _part(parameter.name, weights))
 
     def step(self, micro: Sequence[BatchLike], lr: float) -> StepResult:
         """One update from all batches together; TrainingError if there is nothing to learn."""
-        own = float(sum(count_targets(batch) for batch in micro))
+        own, layout = float(sum(count_targets(batch) for batch in micro)), self.spec.layout
         # Devices that share the rows of one copy of the model count the same tokens.
-        total = self._exchange.sums(own)[0] / (self.spec.layout.model * self.spec.layout.stages)
+        total = self._exchange.sums(own)[0] / (layout.model * layout.stages)
         if total < 1:
             raise TrainingError("nothing to learn in this step: every label of its batches is ignored")
         scaled, spec = self.scale.value, self.optimizer
@@ -126,18 +145,30 @@ class AscendTrainStep:
             lr,
             scaled,
         ]
+        self._rows = max(self._rows, sum(len(batch.ids) for batch in micro))
+        self._rows += -self._rows % layout.micro_batches
+        arrays = step_arrays(micro, self.config, self.length, scaled / total, self.spec.packed, self._rows)
+        inputs = [Tensor.from_numpy(array) for array in arrays]
+        self._divide(inputs)
         self.graph.numbers.set_data(Tensor(np.array(numbers, np.float32)))
-        arrays = step_arrays(micro, self.config, self.length, scaled / total, self.spec.packed)
-        loss, norm, _ = self.graph.compile_and_run(*map(Tensor.from_numpy, arrays))
-        length = float(norm.asnumpy().reshape(-1)[0])
+        loss, norm, _ = self.graph.compile_and_run(*inputs)
+        length, mean = float(norm.asnumpy().reshape(-1)[0]), float(loss.asnumpy()) / scaled
+        if layout.stages > 1:  # only the last stage knows the loss
+            last = self._exchange.rank == layout.devices - 1
+            mean = self._exchange.sums(mean if last else 0.0)[0]
         overflow = not math.isfinite(length)
         self._steps += 1
         self._updates += not overflow
         self.scale.after(overflow)
-        return StepResult(float(loss.asnumpy()) / scaled, length, int(total), overflow, scaled)
+        return StepResult(mean, length, int(total), overflow, scaled)
 
     def evaluate(self, batch: BatchLike) -> tuple[float, int]:
-        """Sum of the token losses of a batch, and how many tokens; nothing is changed."""
+        """Sum of the token losses of a batch, and how many tokens; nothing is changed. On one device only."""
+        if self._shards is not None:
+            raise TrainingError(
+                "on several Ascend devices there is no evaluation during training; leave eval_data out and evaluate "
+                "the checkpoints"
+            )
         count = count_targets(batch)
         if not count:
             return 0.0, 0
@@ -147,13 +178,13 @@ class AscendTrainStep:
 
     def trainable(self) -> dict[str, Array]:
         """Copies of the trained parameters by published name, in float32."""
-        return _joined(self.graph.weights)
+        return self._joined(self.graph.weights)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Copies of everything the next step depends on; names and meaning as those of TrainStep."""
         out: dict[str, NDArray[Any]] = dict(self.trainable())
         for prefix, moments in ((FIRST, self.graph.first), (SECOND, self.graph.second)):
-            out |= {prefix + name: value for name, value in _joined(moments, prefix).items()}
+            out |= self._joined(moments, prefix)
         out["step"], out["updates"] = np.array(self._steps, np.int64), np.array(self._updates, np.int64)
         out["loss_scale"] = np.array(self.scale.value, np.float64)
         out["loss_scale_good"] = np.array(self.scale.good, np.int64)
@@ -167,15 +198,51 @@ class AscendTrainStep:
             raise TrainingError(
                 f"the state does not fit what is trained: {len(wrong)} entries, e.g. {wrong[:3]}"
             )
-        for prefix, kept in (
-            ("", self.graph.weights),
-            (FIRST, self.graph.first),
-            (SECOND, self.graph.second),
-        ):
-            for parameter in kept:
-                _fill(parameter, state, self.spec.layout.model, prefix)
+        if self._waiting is not None:
+            self._waiting = ChainMap(dict(state), self._waiting)  # type: ignore[arg-type]
+        else:
+            for parameter in (*self.graph.weights, *self.graph.first, *self.graph.second):
+                self._set(parameter, state)
         self._steps, self._updates = int(state["step"]), int(state["updates"])
         self.scale.value, self.scale.good = float(state["loss_scale"]), int(state["loss_scale_good"])
+
+    def _divide(self, inputs: Sequence[Tensor]) -> None:
+        """Compile for several devices, and give each parameter of this stage its part."""
+        if self._shards is None or self._waiting is None:
+            return
+        self.graph.compile(*inputs)
+        self._shards.found(self.graph.parameter_layout_dict)
+        for parameter in self.graph.get_parameters():
+            if parameter.name in self._shards.divisions:
+                self._set(parameter, self._waiting)
+        self._waiting = None
+
+    def _set(self, parameter: Parameter, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Set a parameter, or this device's part of it; what ``arrays`` has not (moments at the start) is zero."""
+        whole = _part(parameter.name, arrays, self._shapes[parameter.name])
+        value = whole if self._shards is None else self._shards.own(parameter.name, whole)
+        if value is not None:
+            _fill(parameter, value)
+
+    def _joined(self, parameters: Sequence[Parameter], prefix: str = "") -> dict[str, Array]:
+        """Published names behind a prefix -> float32 arrays, shards and bands put together again."""
+        parts: dict[str, list[Array]] = {}
+        for parameter in parameters:
+            name, _ = published_name(parameter.name.removeprefix(prefix))
+            parts.setdefault(prefix + name, []).append(self._whole(parameter))  # bands come in order
+        return {name: np.concatenate(found) for name, found in parts.items()}
+
+    def _whole(self, parameter: Parameter) -> Array:
+        name, shape = parameter.name, self._shapes[parameter.name]
+        if self._waiting is not None:
+            return _part(name, self._waiting, shape)
+        if self._shards is None:
+            return np.array(parameter.astype(ms.float32).asnumpy())
+        here = name in self._shards.divisions
+        part = parameter.astype(ms.float32).asnumpy() if here else None
+        whole = self._shards.spread(name, shape, part)
+        self._exchange.add({name: whole})
+        return whole
 
 
 def _start(optimizer: OptimizerSpec, compute: str) -> float | None:
@@ -184,23 +251,18 @@ def _start(optimizer: OptimizerSpec, compute: str) -> float | None:
     return optimizer.loss_scale or (DEFAULT_SCALE if compute == "float16" else None)
 
 
-def _fill(parameter: Parameter, arrays: Mapping[str, NDArray[Any]], ways: int, prefix: str = "") -> None:
-    """Set a parameter from the published tensor it is, or is a band of."""
-    name, band = published_name(parameter.name.removeprefix(prefix))
-    value = np.asarray(arrays[prefix + name], np.float32)
-    value = value if band is None else bands(value)[band]
+def _part(name: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...] = ()) -> Array:
+    """What a parameter is set to: the published tensor, its band of it, or zeros of ``shape`` where there is none."""
+    prefix = next((one for one in (FIRST, SECOND) if name.startswith(one)), "")
+    published, band = published_name(name.removeprefix(prefix))
+    if shape and prefix + published not in arrays:
+        return np.zeros(shape, np.float32)
+    value = np.asarray(arrays[prefix + published], np.float32)
+    return value if band is None else bands(value)[band]
+
+
+def _fill(parameter: Parameter, value: Array) -> None:
+    """Set a parameter in its own dtype, in memory of its own: steps write into it."""
     kind = str(parameter.dtype).lower()
-    if kind != "float32":
-        value = converted(value, "float32", kind)
-    parameter.set_data(Tensor.from_numpy(np.array(value)))  # memory of its own: steps write into it
-
-
-def _joined(parameters: Sequence[Parameter], prefix: str = "") -> dict[str, Array]:
-    """Published names -> float32 arrays, bands put together again."""
-    parts: dict[str, list[Array]] = {}
-    for parameter in parameters:
-        name, _ = published_name(parameter.name.removeprefix(prefix))
-        parts.setdefault(name, []).append(parameter.astype(ms.float32).asnumpy())  # bands come in order
-    return {
-        name: np.concatenate(found) if len(found) > 1 else found[0].copy() for name, found in parts.items()
-    }
+    converted_value = np.array(value) if kind == "float32" else converted(value, "float32", kind)
+    parameter.set_data(Tensor.from_numpy(converted_value), slice_shape=True)

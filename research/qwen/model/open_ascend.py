@@ -84,10 +84,12 @@ def open_ascend(
         raise ConfigError("modules_to_save on ascend are wte and lm_head")
     if method.kind != "full" and method.dropout:
         _log.warning("ascend: the step graph has no dropout, lora_dropout %g is taken as 0", method.dropout)
-    full = method.kind == "full"
+    full, layout = method.kind == "full", layout or ParallelLayout()
+    if layout.devices > 1:
+        ms.set_auto_parallel_context(**layout.settings())
     spec = Spec(
         weights.config,
-        layout or ParallelLayout(),
+        layout,
         compute_dtype,
         # What is trained is kept in float32; frozen weights alone need no more than they are used in.
         stored="float32" if full or saved else compute_dtype,

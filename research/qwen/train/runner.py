@@ -65,6 +65,8 @@ def run(
             tell(line)
         for line in warnings(prepared):
             tell(f"warning: {line}")
+    if prepared.device == "ascend":
+        check_layout(prepared)
     if not force:
         check_memory(prepared)
     return train(prepared, world.ranks, world.exchange, stop, stream)
@@ -129,15 +131,28 @@ def open_step(run: Prepared, exchange: Any = None) -> TrainStep | AscendTrainSte
 
 
 def layout(recipe: Recipe) -> ParallelLayout:
-    """How the model is spread over devices."""
+    """How the model is spread over devices; on Ascend the micro batches of a step are parts of one graph."""
+    pipelined = recipe.pipeline_stage > 1
     return ParallelLayout(
         data=recipe.data_parallel,
         model=recipe.model_parallel,
         stages=recipe.pipeline_stage,
-        micro_batches=recipe.micro_batch_num,
+        micro_batches=recipe.micro_batch_num if pipelined else recipe.accumulation,
         whole_embedding=recipe.vocab_emb_dp,
         optimizer=recipe.optimizer_parallel,
     )
+
+
+def check_layout(run: Prepared) -> None:
+    """ConfigError if the layout does not fit the model and a step, or asks for what several devices cannot do."""
+    recipe = run.recipe
+    rows = recipe.batch_size * recipe.accumulation * recipe.data_parallel
+    layout(recipe).check(run.config, recipe.world, rows)
+    if recipe.world > 1 and recipe.eval_data is not None:
+        raise ConfigError(
+            "on several Ascend devices there is no evaluation during training: leave eval_data out, and evaluate the "
+            "checkpoints"
+        )
 
 
 def backend_name(run: Prepared) -> str:
