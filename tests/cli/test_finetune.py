@@ -5,6 +5,7 @@ Nothing here loads MindSpore: all of it is checked before. The training itself: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -31,8 +32,12 @@ def turns(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
     """Run a dry run of the demo model on the dialogues, with some options changed; exit code and standard error."""
+    # Watching signals costs a tenth of a second to end; tests of its own are in train/test_loop_signals.py.
+    monkeypatch.setattr("research.qwen.cli.finetune.StopSignals", contextlib.nullcontext)
 
     def run(*words: object, **options: object) -> tuple[int, str]:
         values = {"model": DEMO, "train_data": DATA, "output": tmp_path / "out", "device": "CPU", **options}
@@ -55,7 +60,7 @@ def test_every_setting_is_an_option() -> None:
 
 def test_options_become_settings() -> None:
     args = build_parser().parse_args(
-        "--model m --output o --lora-targets attention w1 --no-shuffle --packing --lora-alpha 32 --resume latest".split()
+        "--model m --output o --lora-targets attention w1 --no-shuffle --packing --lora-alpha 32 --resume best".split()
     )
     recipe, shape = read_arguments(args)
     assert shape is None
@@ -66,7 +71,7 @@ def test_options_become_settings() -> None:
         shuffle=False,
         packing=True,
         lora_alpha=32.0,
-        resume="latest",
+        resume="best",
     )
 
 

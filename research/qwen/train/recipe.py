@@ -109,7 +109,11 @@ class Recipe:
         Path("output"), "output_dir", _path, "folder for checkpoints and reports", curve=False, option=False
     )
     resume: str | Path | None = setting(
-        None, "resume_training", _resume, "'latest', or a checkpoint of this run", curve=False
+        None,
+        "resume_training",
+        _resume,
+        "latest, best, auto (latest if there is one) or a checkpoint",
+        curve=False,
     )
     seed: int = setting(42, "seed", integer(0), "of the order of samples, dropout and new matrices")
 
