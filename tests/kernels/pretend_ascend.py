@@ -1,10 +1,10 @@
 """MindSpore's own parallel compiler on a machine without an NPU.
 
-The wheel for CPU refuses the semi-automatic parallel modes ("Invalid communication backend: CPU"), but only because of
-the name of the device: the compiler that divides a graph over devices is in it. ``pretend`` registers the name Ascend
-with an empty start function, which is all that MindSpore asks for as long as nothing is run. What follows uses the
-rules for Ascend (shape inference, strategies, communication operators) and stops before kernels are chosen.
-For a process of its own: it cannot be undone.
+The wheel for CPU refuses the semi-automatic parallel modes ("Invalid backend: CPU", or "Invalid communication backend:
+CPU for semi_auto_parallel/auto_parallel mode"), but only because of the name of the device: the compiler that divides a
+graph over devices is in it. ``pretend`` registers the name Ascend with an empty start function, which is all that
+MindSpore asks for as long as nothing is run. What follows uses the rules for Ascend (shape inference, strategies,
+communication operators) and stops before kernels are chosen. For a process of its own: it cannot be undone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -95,11 +96,9 @@ def test_optimizer_parallel_divides_weights_over_the_copies(graphs):
     shapes = graphs["optimizer"]["shapes"]
     assert shapes["transformer.h.0.attn.c_attn.weight"] == [96, 128] == [384 // 4, 128]
     assert shapes["adam_m.transformer.h.0.attn.c_attn.weight"] == [96, 128]
-    both = graphs["model optimizer"]["shapes"]
-    assert both["transformer.h.0.mlp.c_proj.weight"] == [
-        64,
-        64,
-    ]  # columns over the model, rows over the copies
+    both = graphs["all three"]["shapes"]
+    # Columns over the model, rows over the copies.
+    assert both["transformer.h.0.mlp.c_proj.weight"] == [64, 64]
     assert both["transformer.h.0.ln_1.weight"] == [128]
 
 
@@ -126,7 +125,7 @@ def test_adapters_are_divided_as_their_matrices(graphs):
 def test_the_parts_that_are_loaded_are_those_of_the_graph(graphs, case):
     """What model.ascend_shards cuts out of whole weights has the shapes MindSpore gave the parameters."""
     owned, shapes = graphs[case]["owned"], graphs[case]["shapes"]
-    assert len(owned) >= 4
+    assert owned
     assert owned == {name: shapes[name] for name in owned}
 
 
@@ -140,7 +139,7 @@ def test_a_cpu_refuses_what_is_pretended_here(repository, tmp_path):
     )
     env = {**os.environ, "MS_DEV_PRECOMPILE_ONLY": "1", "PYTHONPATH": str(repository)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and "Invalid communication backend: CPU for semi_auto_parallel" in done.stderr
+    assert done.returncode == 1 and "Invalid backend: CPU" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_a_cpu_refuses_what_is_pretended_here(repository, tmp_path):
         (ParallelLayout(data=2, model=2), 8, 8, "2 x model_parallel 2 x pipeline_stage 1 = 4 devices, but 8"),
         (ParallelLayout(model=3), 3, 8, "model_parallel 3 does not divide num_heads 8"),
         (ParallelLayout(model=16), 16, 8, "model_parallel 16 does not divide num_heads 8"),
-        (ParallelLayout(stages=3, micro_batches=3), 3, 9, "pipeline_stage 3 exceeds the 1 layers"),
+        (ParallelLayout(stages=3, micro_batches=3), 3, 9, "pipeline_stage 3 exceeds the 2 layers"),
         (ParallelLayout(stages=2), 2, 8, "micro_batch_num 1 is below pipeline_stage 2"),
         (ParallelLayout(data=3), 3, 8, "8 rows cannot be divided into data_parallel 3"),
         (ParallelLayout(model=2, optimizer=True), 2, 8, "needs data_parallel above 1"),
@@ -157,7 +156,7 @@ def test_a_cpu_refuses_what_is_pretended_here(repository, tmp_path):
 )
 def test_layouts_that_do_not_fit_are_refused(layout, devices, rows, message):
     with pytest.raises(ConfigError, match=message):
-        layout.check(TINY, devices, rows)
+        layout.check(dataclasses.replace(TINY, num_layers=2), devices, rows)
 
 
 def test_layouts_that_fit():
