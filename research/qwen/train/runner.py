@@ -139,7 +139,6 @@ def layout(recipe: Recipe) -> ParallelLayout:
         stages=recipe.pipeline_stage,
         micro_batches=recipe.micro_batch_num if pipelined else recipe.accumulation,
         whole_embedding=recipe.vocab_emb_dp,
-        whole_embedding=False,  # its rows are divided like those of the head
         optimizer=recipe.optimizer_parallel,
     )
 
