@@ -47,6 +47,7 @@ export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # On a CPU the processes share the cores.
 cores=$(nproc) share=1
 ((cores > here)) && share=$((cores / here))
+export GLOG_v=${GLOG_v:-3}
 export QWEN_THREADS=${QWEN_THREADS:-$share} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}
 
 msrun --worker_num=$((here * nodes)) --local_worker_num="$here" --node_rank="$rank" \
