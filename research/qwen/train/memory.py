@@ -9,8 +9,7 @@ the MLP, L layers, V rows of the vocabulary, T = batch_size x max_length tokens 
     optimizer     AdamW's two averages, float32, of what is trained
     activations   what each layer keeps for its backward pass (with recompute: H per token), on ascend for all micro
                   batches of a step; and the layer at work
-    logits        a chunk of rows at a time, V values each; on cpu also the copies of lm_head that MindSpore's matrix
-                  product rearranges for itself
+    logits        a chunk of rows at a time, V values each, on ascend with their gradients
     runtime       the interpreter, MindSpore and its compiled graphs
 
 On CPU fitted to the peak of the process over models of 1 to 8 layers (within a fifth; see tests); on NPUs not measured.
@@ -33,7 +32,6 @@ from research.qwen.train.recipe import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 LOGIT_ROWS = 512  # rows of logits computed at once
-HEAD_COPIES = {"cpu": 2.25, "ascend": 0.0}  # of lm_head in float32, measured
 WORKING = 3  # times what a layer keeps: the inner values and gradients of the layer at work, measured on cpu
 RUNTIME = {"cpu": 520 << 20, "ascend": 2 << 30}
 
@@ -208,10 +206,7 @@ def _activations(config: QwenConfig, recipe: Recipe, device: str, width: int, la
 
 def _logits(config: QwenConfig, recipe: Recipe, device: str, width: int) -> int:
     rows = min(LOGIT_ROWS, recipe.batch_size * recipe.max_length)
-    table = config.vocab_size * config.hidden_size
-    split = rows * config.vocab_size * 4 * (1 if device == "cpu" else 2) + int(
-        HEAD_COPIES[device] * 4 * table
-    )
+    split = rows * config.vocab_size * 4 * (1 if device == "cpu" else 2)
     return (
         split // recipe.model_parallel
         + 2 * recipe.batch_size * recipe.max_length * config.hidden_size * width
