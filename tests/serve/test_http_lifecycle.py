@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import httpx
 import pytest
 
 from research.qwen.errors import ConfigError
-from research.qwen.serve.lifecycle import listen
+from research.qwen.serve.lifecycle import listen, settle
 from tests.serve.processes import INT, TERM, ServerProcess, Streaming, server_process
 
 pytestmark = pytest.mark.slow
@@ -101,3 +102,12 @@ def test_a_port_that_is_taken() -> None:
         listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(ConfigError, match="cannot listen on no.such.host.invalid"):
         listen("no.such.host.invalid", 0)
+
+
+def test_what_lives_as_long_as_the_server_is_not_looked_at_again() -> None:
+    try:
+        settle()
+        assert gc.get_freeze_count() > 1000
+        assert len(gc.get_objects()) < 1000
+    finally:
+        gc.unfreeze()

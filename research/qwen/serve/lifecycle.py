@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -147,6 +148,7 @@ class Service:
             self.stop()
             return
         if self.state.phase == "ready":
+            settle()
             self.ready()
 
     @staticmethod
@@ -179,6 +181,15 @@ class Service:
         self._asked_to_end = True
         log.info("%s: no new requests; running ones have %g s", name, self.state.settings.grace)
         self.stop()
+
+
+def settle() -> None:
+    """Take everything that is alive out of the collector's sight.
+
+    Of 200,000 objects hardly one ever goes, and to look at all of them takes longer than a step of the model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def leave(code: int) -> None:
