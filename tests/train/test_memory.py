@@ -14,6 +14,7 @@ from research.qwen.errors import ConfigError
 from research.qwen.train import memory
 from research.qwen.train.recipe import Recipe, changed
 from research.qwen.weights.names import expected
+from scripts import finetune_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 # 10 rows of vocabulary, 2 layers, hidden 8, MLP 6 wide.
@@ -210,13 +211,20 @@ def test_the_estimate_against_the_peak_of_a_process(tmp_path: Path, demo_folder:
     assert 0.8 * peak < estimated < 1.25 * peak, (estimated >> 20, peak >> 20)
 
 
-@pytest.mark.slow
-def test_the_table_of_the_docs(repository: Path) -> None:
-    command = [sys.executable, "scripts/finetune_memory.py", "--lengths", "1024", "--alone"]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert "not measured" in lines[0]
+@pytest.mark.parametrize("page", ["finetune.md", "finetune_zh.md"])
+def test_the_tables_of_the_docs_are_those_computed(repository: Path, page: str) -> None:
+    text = (repository / "docs" / page).read_text(encoding="utf-8").splitlines()
+    for device, alone in (("ascend", True), ("ascend", False), ("cpu", True)):
+        for cells in finetune_memory.rows([512, 2048], device, alone):
+            assert f"| {' | '.join(cells)} |" in text, (device, cells)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_script_prints_a_table(capsys: pytest.CaptureFixture[str], language: str) -> None:
+    assert finetune_memory.main(["--lengths", "1024", "--alone", "--language", language]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ("not measured" if language == "en" else "未在 NPU 上实测") in lines[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert len(rows) == 8 and rows[3][:4] == ["7B", "LoRA", "1", "143.1 M (1.9%)"]
+    assert len(rows) == 8 and rows[3][2:4] == ["1", "143.1 M (1.9%)"]
     found = memory.estimate(SIZES["7b"], Recipe(max_length=1024), "ascend")
     assert float(rows[3][-1]) == round(found.total / 2**30, 1)
