@@ -18,7 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +34,48 @@ from scripts.bench_checkpoint import _python, write_random  # noqa: E402
 from scripts.bench_report import figure, machine  # noqa: E402
 
 VOCAB = 151643
-SIDES = ("cpu", "peer")
 AGREE = 1e-3
 
 
 @dataclass(frozen=True)
+class Column:
+    """Who makes a step of what: ``texts`` is whole (rows full of tokens), packed, padded (to the longest) or padded-max
+    (to the maximum, as the published recipe does)."""
+
+    label: str
+    side: str = "cpu"
+    texts: str = "whole"
+
+
+OURS, THEIRS, HALF = Column("ours"), Column("theirs", "peer"), Column("theirs in bfloat16", "peer-bf16")
+SHORT = (
+    Column("ours, packed", "cpu", "packed"),
+    Column("ours, a dialogue a row", "cpu", "padded"),
+    Column("theirs, padded to the longest", "peer", "padded"),
+    Column("theirs, padded to the maximum", "peer", "padded-max"),
+)
+
+
+@dataclass(frozen=True)
 class Row:
-    """What is measured: ``texts`` is how the batches are made, ``compared`` whether the losses must agree."""
+    """What is measured; ratios are those of the first column to each other one. ``compared``: losses must agree."""
 
     title: str
     method: str
-    texts: str = (
-        "whole"  # rows full of tokens | packed | padded (to the longest) | padded-max (to the maximum)
-    )
+    columns: tuple[Column, ...] = (OURS, THEIRS)
     dropout: float = 0.0
-    sides: tuple[str, ...] = SIDES
     compared: bool = False
     rounds: int = 9
 
 
 ROWS = {
-    "full": Row("full, float32", "full", compared=True),
+    "full": Row("full", "full", compared=True),
     "lora": Row("LoRA, rank 64 on all linear layers, no dropout", "lora", compared=True),
-    "lora_dropout": Row("LoRA with dropout 0.05", "lora", dropout=0.05),
-    "full_bf16": Row(
-        "full; torch with weights and state in bfloat16", "full", sides=("cpu", "peer-bf16"), rounds=1
-    ),
-    "lora_bf16": Row("LoRA; torch in bfloat16", "lora", sides=("cpu", "peer-bf16"), rounds=1),
-    "short_packed": Row("full, short dialogues, packed", "full", "packed", sides=("cpu",), rounds=2),
-    "short": Row("full, short dialogues, not packed", "full", "padded", rounds=2),
-    "short_max": Row(
-        "the same, padded to the maximum as the published recipe does", "full", "padded-max", rounds=2
-    ),
+    "lora_dropout": Row("LoRA, dropout 0.05", "lora", dropout=0.05),
+    "short": Row("full, dialogues of 24 to 120 tokens", "full", SHORT),
+    "short_lora": Row("LoRA, dialogues of 24 to 120 tokens", "lora", SHORT),
+    "full_bf16": Row("full", "full", (OURS, HALF), rounds=1),
+    "lora_bf16": Row("LoRA, no dropout", "lora", (OURS, HALF), rounds=1),
 }
 
 
@@ -81,7 +92,7 @@ class Short:
 
     def lengths(self) -> Any:
         """Tokens of each."""
-        return self._lengths.tolist()
+        return self._lengths
 
     def __getitem__(self, index: int) -> Any:
         from research.qwen.train.data import Sample
@@ -90,90 +101,79 @@ class Short:
         return Sample(ids, [-100] * 4 + ids[4:])
 
 
-def make_batches(folder: Path, row: Row, rows: int, length: int, steps: int) -> list[Path]:
-    """The batches of a row as files, the same for all sides."""
-    if row.texts == "whole":
-        rng = np.random.default_rng(3)
-        made = []
-        for _ in range(steps):
-            ids = rng.integers(0, VOCAB, (rows, length)).astype(np.int32)
-            places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-            made.append((ids, ids, places, np.zeros_like(ids)))
-    else:
-        made = _short_batches(row, rows, length, steps)
+def make_batches(folder: Path, texts: str, rows: int, length: int, steps: int) -> list[Path]:
+    """Batches as files, the same for all sides."""
+    names = ("ids", "labels", "positions", "segments")
     files = []
-    for i, arrays in enumerate(made):
-        files.append(folder / f"{row.texts}-{i}.npz")
-        np.savez(files[-1], **dict(zip(("ids", "labels", "positions", "segments"), arrays, strict=True)))
+    for i, arrays in enumerate((_whole if texts == "whole" else _short)(texts, rows, length, steps)):
+        files.append(folder / f"{texts}-{i}.npz")
+        np.savez(files[-1], **dict(zip(names, arrays, strict=True)))
     return files
 
 
-def _short_batches(row: Row, rows: int, length: int, steps: int) -> list[Any]:
+def _whole(texts: str, rows: int, length: int, steps: int) -> list[Any]:
+    rng = np.random.default_rng(3)
+    places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    made = [rng.integers(0, VOCAB, (rows, length)).astype(np.int32) for _ in range(steps)]
+    return [(ids, ids, places, np.zeros_like(ids)) for ids in made]
+
+
+def _short(texts: str, rows: int, length: int, steps: int) -> list[Any]:
     from research.qwen.train.batches import Batches
 
-    batches = Batches(
-        Short(2000),
-        rows,
-        length,
-        packing=row.texts == "packed",
-        pad="max" if row.texts == "padded-max" else "multiple",
-        pad_multiple=1,
-    )
-    out = []
-    for batch in batches.epoch(0):
-        out.append((batch.ids, batch.labels, batch.positions, batch.segments))
-        if len(out) == steps:
-            break
-    return out
+    pad: Any = "max" if texts == "padded-max" else "multiple"
+    batches = Batches(Short(2000), rows, length, packing=texts == "packed", pad=pad, pad_multiple=1)
+    made = islice(batches.epoch(0), steps)
+    return [(b.ids, b.labels, b.positions, b.segments) for b in made]
 
 
-def run_round(args: argparse.Namespace, row: Row, files: list[Path], place: int) -> dict[str, Any]:
-    """One round: side -> what it said at the start and of every step."""
-    out: dict[str, Any] = {}
+Said = dict[str, dict[str, Any]]  # label of a column -> facts of the process, steps
+
+
+def run_round(args: argparse.Namespace, row: Row, files: dict[str, list[Path]], place: int) -> Said:
+    """Every side in a process of its own, step by step in turn."""
     with contextlib.ExitStack() as stack:
         workers = {}
         flags = ("--method", row.method, "--dropout", str(row.dropout))
-        for side in row.sides:
+        for side in dict.fromkeys(column.side for column in row.columns):
             worker = Worker(side, args.work, args.threads, *flags, script="bench_finetune_worker.py")
             workers[side] = stack.enter_context(contextlib.closing(worker))
-            out[side] = {"facts": worker.facts, "steps": []}
-        sides = row.sides[place % len(row.sides) :] + row.sides[: place % len(row.sides)]
-        for file in files:
-            for side in sides:
-                out[side]["steps"].append(workers[side].ask(batch=str(file)))
-    return out
+        said: Said = {c.label: {"facts": workers[c.side].facts, "steps": []} for c in row.columns}
+        turns = row.columns[place % len(row.columns) :] + row.columns[: place % len(row.columns)]
+        for i in range(args.steps + 1):
+            for column in turns:
+                said[column.label]["steps"].append(
+                    workers[column.side].ask(batch=str(files[column.texts][i]))
+                )
+    return said
 
 
-def judge(row: Row, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians, ranges and ratios of a row; the first step of every process does not count (compilation)."""
-    seconds = {
-        s: [statistics.median(x["seconds"] for x in r[s]["steps"][1:]) for r in rounds] for s in row.sides
-    }
-    tokens = {s: statistics.median(x["tokens"] for x in rounds[0][s]["steps"][1:]) for s in row.sides}
-    speed = {
-        s: [
-            sum(x["tokens"] for x in r[s]["steps"][1:]) / sum(x["seconds"] for x in r[s]["steps"][1:])
-            for r in rounds
-        ]
-        for s in row.sides
-    }
-    peak = {s: [max(x["peak_mib"] for x in r[s]["steps"]) for r in rounds] for s in row.sides}
+def judge(row: Row, rounds: list[Said]) -> dict[str, Any]:
+    """Figures of each round and ratios; the first step of a process does not count, it compiles."""
+
+    def each(what: Any) -> dict[str, list[float]]:
+        return {c.label: [what(said[c.label]["steps"]) for said in rounds] for c in row.columns}
+
     out: dict[str, Any] = {
         "title": row.title,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_s": speed,
-        "peak_mib": peak,
-        "losses": {s: [x["loss"] for x in rounds[0][s]["steps"]] for s in row.sides},
-        "about": {s: rounds[0][s]["facts"] for s in row.sides},
+        "seconds": each(lambda steps: statistics.median(x["seconds"] for x in steps[1:])),
+        "processor_s": each(lambda steps: statistics.median(x["processor_s"] for x in steps[1:])),
+        "tokens_per_s": each(
+            lambda steps: sum(x["tokens"] for x in steps[1:]) / sum(x["seconds"] for x in steps[1:])
+        ),
+        "peak_mib": each(lambda steps: max(x["peak_mib"] for x in steps)),
+        "losses": {c.label: [x["loss"] for x in rounds[0][c.label]["steps"]] for c in row.columns},
+        "about": {c.label: rounds[0][c.label]["facts"] for c in row.columns},
     }
-    if len(row.sides) == 2:
-        mine, other = row.sides
-        out["time_ratio"] = [a / b for a, b in zip(seconds[mine], seconds[other], strict=True)]
-        out["memory_ratio"] = [a / b for a, b in zip(peak[mine], peak[other], strict=True)]
+    first, *others = (c.label for c in row.columns)
+    for key in ("seconds", "tokens_per_s", "peak_mib"):
+        mine = out[key][first]
+        out[f"{key}_ratio"] = {
+            label: [a / b for a, b in zip(mine, out[key][label], strict=True)] for label in others
+        }
     if row.compared:
-        mine, other = (out["losses"][s] for s in row.sides)
-        out["loss_difference"] = max(abs(a - b) for a, b in zip(mine, other, strict=True))
+        mine, theirs = out["losses"][first], out["losses"][others[0]]
+        out["loss_difference"] = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
     return out
 
 
@@ -187,32 +187,32 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     for key in ("full", "lora", "lora_dropout"):
         if key in found:
-            add(f"{key}: step time, ours / theirs", statistics.median(found[key]["time_ratio"]), 1.0)
-            add(f"{key}: peak memory, ours / theirs", statistics.median(found[key]["memory_ratio"]), 1.1)
+            for what, name, bound in (("time of a step", "seconds", 1.0), ("peak memory", "peak_mib", 1.1)):
+                add(
+                    f"{key}: {what}, ours / theirs",
+                    statistics.median(found[key][f"{name}_ratio"]["theirs"]),
+                    bound,
+                )
         if "loss_difference" in found.get(key, {}):
             add(f"{key}: greatest difference of a loss", found[key]["loss_difference"], AGREE)
-    speed = {k: {s: statistics.median(v) for s, v in found[k]["tokens_per_s"].items()} for k in found}
-    if "short_packed" in speed:
-        for key, side in (("short", "cpu"), ("short", "peer"), ("short_max", "cpu"), ("short_max", "peer")):
-            if key in speed:
-                name = f"tokens/s packed, against {key} {'ours' if side == 'cpu' else 'theirs'}"
-                add(name, speed["short_packed"]["cpu"] / speed[key][side], 2.0, at_most=False)
+    for key in ("short", "short_lora"):
+        for label, ratios in found.get(key, {}).get("tokens_per_s_ratio", {}).items():
+            add(f"{key}: tokens/s, ours packed / {label}", statistics.median(ratios), 2.0, at_most=False)
     return out
 
 
 def text_of(result: dict[str, Any]) -> str:
     """Tables for a terminal and for a page."""
     lines = [
-        "| | side | s per step | tokens/s | peak GiB | time, ours / theirs | memory | loss apart |",
+        "| row | column | s per step | tokens/s | peak GiB | first / this: time | tokens/s | peak |",
         "|" + "---|" * 8,
     ]
     for found in result["rows"].values():
-        for side, seconds in found["seconds"].items():
-            cells = [found["title"], side, spread(seconds), spread(found["tokens_per_s"][side])]
-            cells.append(spread([x / 1024 for x in found["peak_mib"][side]]))
-            ratios = side.startswith("peer") and "time_ratio" in found
-            cells += [spread(found["time_ratio"]), spread(found["memory_ratio"])] if ratios else ["", ""]
-            cells.append(f"{found['loss_difference']:.1e}" if ratios and "loss_difference" in found else "")
+        for label, seconds in found["seconds"].items():
+            cells = [found["title"], label, spread(seconds), spread(found["tokens_per_s"][label])]
+            cells.append(spread([x / 1024 for x in found["peak_mib"][label]]))
+            for key in ("seconds_ratio", "tokens_per_s_ratio", "peak_mib_ratio"):
+                cells.append(spread(found[key][label]) if label in found[key] else "")
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| target | measured | bound | |", "|---|---|---|---|"]
     for target in result["targets"]:
@@ -277,10 +277,13 @@ def main(argv: list[str] | None = None) -> int:
         prepare(args.work, shape(args))
         found = {}
         for key in args.rows.split(","):
-            row = replace(ROWS[key], rounds=min(args.rounds, ROWS[key].rounds))
-            files = make_batches(args.work, row, args.batch, args.length, args.steps + 1)
-            found[key] = judge(row, [run_round(args, row, files, i) for i in range(row.rounds)])
-            progress(f"{key}: {json.dumps({k: v for k, v in found[key].items() if k.endswith('ratio')})}")
+            row, steps = ROWS[key], args.steps + 1
+            files = {
+                c.texts: make_batches(args.work, c.texts, args.batch, args.length, steps) for c in row.columns
+            }
+            count = min(args.rounds, row.rounds)
+            found[key] = judge(row, [run_round(args, row, files, place) for place in range(count)])
+            progress(f"{key}: {json.dumps(found[key]['seconds_ratio'])}")
     result = {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),

@@ -160,11 +160,10 @@ def main() -> None:
     for line in sys.stdin:
         with np.load(json.loads(line)["batch"]) as file:
             rows = Rows(*(file[name] for name in ("ids", "labels", "positions", "segments")))
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         loss = side.step(rows)
-        say(
-            seconds=time.perf_counter() - begin, loss=loss, tokens=int((rows.segments >= 0).sum()), **memory()
-        )
+        spent = {"seconds": time.perf_counter() - begin, "processor_s": time.process_time() - used}
+        say(**spent, loss=loss, tokens=int((rows.segments >= 0).sum()), **memory())
 
 
 if __name__ == "__main__":
