@@ -300,6 +300,14 @@ def test_published_command_refuses(
     assert captured.err.startswith("error: ") and message in captured.err and captured.out == ""
 
 
+def test_the_pet_method_of_a_trainer_counts(mf: Any, recipe: Path, demo_folder: Path) -> None:
+    trainer = trainer_of(mf, recipe, pet_method="ptuning")
+    with pytest.raises(
+        ConfigError, match="method of the call must be one of 'full', 'lora', 'qlora', got 'ptuning'"
+    ):
+        trainer.finetune(finetune_checkpoint=str(demo_folder))
+
+
 def test_missing_data_is_named(mf: Any, recipe: Path, demo_folder: Path) -> None:
     from mindformers import Trainer
 

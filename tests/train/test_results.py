@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from research.qwen.config import QwenConfig
-from research.qwen.errors import CheckpointError, TrainingError
+from research.qwen.errors import CheckpointError, ConfigError, TrainingError
 from research.qwen.model.lora import first_values
-from research.qwen.train.preparing import Prepared, prepare
+from research.qwen.train.preparing import Prepared, check_device, prepare
 from research.qwen.train.recipe import Recipe, build, changed
 from research.qwen.train.recipe_file import read_recipe
 from research.qwen.train.results import publish, saver, target_names, write_adapter, written_bytes
@@ -144,3 +145,30 @@ def test_layouts_of_the_recipes(repository: Path) -> None:
         recipe = build(file.given)
         rows = recipe.batch_size * recipe.accumulation * recipe.data_parallel
         layout(recipe).check(file.shape, recipe.world, rows)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "message"),
+    [
+        (
+            "ascend",
+            {"method": "qlora", "base_dtype": "int4"},
+            "quantised weights are not trained beside on ascend",
+        ),
+        ("ascend", {"compute_dtype": "float32"}, "on ascend training computes in float16"),
+        ("ascend", {"data_parallel": 2, "eval_data": DATA}, "no evaluation during training"),
+        ("cpu", {"model_parallel": 2}, "on CPU there is data_parallel only"),
+        ("cpu", {"optimizer_parallel": True}, "on CPU there is data_parallel only"),
+        ("ascend", {"data_parallel": 2}, None),
+        ("cpu", {"compute_dtype": "bfloat16", "data_parallel": 2, "eval_data": DATA}, None),
+    ],
+)
+def test_what_a_device_cannot_do(
+    run: Prepared, device: str, changes: dict[str, Any], message: str | None
+) -> None:
+    recipe = changed(run.recipe, **changes)
+    if message is None:
+        check_device(recipe, device, False)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_device(recipe, device, False)

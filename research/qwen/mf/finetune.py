@@ -88,7 +88,11 @@ def finetune(
     if checkpoint is True:
         checkpoint, resume_training = None, resume_training or True
     file = _file(trainer)
-    calls = {"model": checkpoint or None, "resume": resume_training or None}
+    calls = {
+        "model": checkpoint or None,
+        "resume": resume_training or None,
+        "method": getattr(trainer, "pet_method", None) or None,
+    }
     given = [Given(name, value, f"{name} of the call") for name, value in calls.items() if value is not None]
     recipe = build(file.given, given)
     if do_eval and recipe.eval_data is None:

@@ -160,6 +160,11 @@ def check_device(recipe: Recipe, device: str, quantised: bool) -> None:
         )
     if device == "ascend" and recipe.compute_dtype == "float32":
         raise ConfigError("on ascend training computes in float16 (910A) or bfloat16 (910B), not float32")
+    if device == "ascend" and recipe.world > 1 and recipe.eval_data is not None:
+        raise ConfigError(
+            "on several Ascend devices there is no evaluation during training in this version: leave eval_data out and "
+            "evaluate the checkpoints"
+        )
     if device == "cpu" and (
         recipe.model_parallel > 1 or recipe.pipeline_stage > 1 or recipe.optimizer_parallel
     ):
