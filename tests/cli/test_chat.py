@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from research.qwen.cli.chat import Chat, parse_value
+from research.qwen.cli.chat import Chat
+from research.qwen.cli.conversation import parse_value
 from research.qwen.decode.params import SamplingParams
 from tests.cli.scripted import scripted_engine
 

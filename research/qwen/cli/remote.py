@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from research.qwen.cli.chat import SHOWN, Conversation, assignments
+from research.qwen.cli.conversation import SHOWN, Conversation, assignments
 from research.qwen.decode.params import SamplingParams
 from research.qwen.errors import BusyError, ClosedError, PromptError, QwenError, RequestError
 from research.qwen.messages import Delta, Message

@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
+from research.qwen.weights.adapters import LowRank
 
 if TYPE_CHECKING:
     from mindspore import Tensor, nn
-
-    from research.qwen.kernels.lora import Updates
 
 BACKENDS = ("cpu", "reference", "ascend")
 ONE_GRAPH = "step"
 # Published name of a matrix -> the format it is stored in (see Kernels).
 FormatOf = Callable[[str], str]
+# Published name of a matrix -> what one adapter adds to it.
+Updates = Mapping[str, LowRank]
 
 
 @dataclass(frozen=True)

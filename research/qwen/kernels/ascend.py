@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError, KernelError
-from research.qwen.kernels.api import CacheSpec, FormatOf, StepView
+from research.qwen.kernels.api import CacheSpec, FormatOf, StepView, Updates
 from research.qwen.kernels.ascend_cells import DTYPES, Embedding, Linear, RMSNorm, SwiGLU, converted
 from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
 from research.qwen.kernels.ascend_quant import (
@@ -32,7 +32,7 @@ from research.qwen.kernels.ascend_quant import (
 )
 from research.qwen.kernels.devices import ascend_problem, ascend_soc
 from research.qwen.kernels.layer import Layer
-from research.qwen.kernels.lora import RankMask, Updates, adapted_layers
+from research.qwen.kernels.lora import RankMask, adapted_layers
 from research.qwen.kernels.packing import packing
 from research.qwen.rope import logn_factors, rotary_tables
 

@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
-from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
+from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView, Updates
 from research.qwen.kernels.build import library_path
 from research.qwen.kernels.cpu_layer import FusedStack, PackedEmbedding, PackedLinear, float_plan
 from research.qwen.kernels.cpu_ops import F32, I32, TYPES, operator
 from research.qwen.kernels.kv_layout import SUFFIX, cache_arrays, read_cache
 from research.qwen.kernels.layer import Layer
-from research.qwen.kernels.lora import Updates
 from research.qwen.kernels.native import NativeLibrary
 from research.qwen.kernels.packing import packing
 from research.qwen.kernels.parameters import placeholder, zero_cache

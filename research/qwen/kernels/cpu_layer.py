@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import KernelError
-from research.qwen.kernels.api import CacheSpec
+from research.qwen.kernels.api import CacheSpec, Updates
 from research.qwen.kernels.cpu_lora import AdapterTable
 from research.qwen.kernels.cpu_ops import F32, I32, I64, TYPES, numbered_operator, operator
 from research.qwen.kernels.layer import Layer
-from research.qwen.kernels.lora import Updates
 from research.qwen.kernels.packing import Packing
 from research.qwen.kernels.parameters import placeholder
 

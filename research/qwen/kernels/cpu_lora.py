@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.errors import KernelError
-from research.qwen.kernels.lora import MATRICES, Updates, scaled
+from research.qwen.kernels.api import Updates
+from research.qwen.kernels.lora import MATRICES, scaled
 from research.qwen.weights.adapters import LowRank
 
 _HEAD, _ENTRY = 3, 3  # numbers of struct Adapted before its weights, and of struct LowRank

@@ -13,12 +13,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from numpy.typing import NDArray
 
-from research.qwen.kernels.api import Kernels, StepView
+from research.qwen.kernels.api import Kernels, StepView, Updates
 from research.qwen.kernels.layer import Layer
 from research.qwen.weights.adapters import LowRank
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # in the order of csrc/layer.h
-Updates = Mapping[str, LowRank]  # published name of a matrix -> what one adapter adds to it
 
 
 def row_adapters(view: StepView) -> NDArray[np.int32] | None:

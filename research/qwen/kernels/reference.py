@@ -12,10 +12,10 @@ from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
-from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView
+from research.qwen.kernels.api import ONE_GRAPH, CacheSpec, FormatOf, StepView, Updates
 from research.qwen.kernels.arrays import widen
 from research.qwen.kernels.layer import Layer
-from research.qwen.kernels.lora import RankMask, Updates, adapted_layers
+from research.qwen.kernels.lora import RankMask, adapted_layers
 from research.qwen.kernels.parameters import placeholder, zero_cache
 from research.qwen.kernels.reference_kv import keeper
 from research.qwen.quant.schemes import Scheme, dequantize_packed

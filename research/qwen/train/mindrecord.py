@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from research.qwen.errors import DataError
 from research.qwen.text.tokenizer import QwenTokenizer
-from research.qwen.train.data import Dataset, Progress
+from research.qwen.train.dataset import Dataset, Progress
 from research.qwen.train.files import LISTED, Problem, open_binary
 from research.qwen.train.rendering import IGNORE, DataOptions, Sample, hidden_positions
 
