@@ -13,6 +13,7 @@ import pytest
 from research.qwen.config import QwenConfig
 from research.qwen.errors import CheckpointError, ConfigError, TrainingError
 from research.qwen.model.lora import first_values
+from research.qwen.train.fingerprint import fingerprint
 from research.qwen.train.preparing import Prepared, check_device, prepare
 from research.qwen.train.recipe import Recipe, build, changed
 from research.qwen.train.recipe_file import read_recipe
@@ -133,7 +134,8 @@ def test_what_a_resumed_run_must_have_in_common(run: Prepared) -> None:
     """Everything the losses depend on and the loop does not record itself; JSON values."""
     recorded = json.loads(json.dumps(settings(run)))
     assert recorded["samples"] == 10 and recorded["tokens"] == 630
-    assert recorded["model"] == "model" and recorded["train_data"] == "dialogues.json"
+    assert recorded["base weights"] == fingerprint(*run.checkpoint.files)
+    assert recorded["training data"] == fingerprint(run.recipe.train_data)
     assert {"lora_rank", "seed", "weight_decay", "mask", "packing", "clip_norm"} <= set(recorded)
     assert not {"learning_rate", "epochs", "accumulation", "output_dir", "save_steps"} & set(recorded)
 

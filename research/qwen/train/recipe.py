@@ -97,10 +97,10 @@ class Recipe:
     """
 
     model: Path | None = setting(
-        None, "load_checkpoint", _path, "checkpoint to start from: folder or file", option=False
+        None, "load_checkpoint", _path, "checkpoint to start from: folder or file", curve=False, option=False
     )
     train_data: Path | None = setting(
-        None, "train_dataset.data_loader.dataset_dir", _path, "conversations to learn from"
+        None, "train_dataset.data_loader.dataset_dir", _path, "conversations to learn from", curve=False
     )
     eval_data: Path | None = setting(
         None, "eval_dataset.data_loader.dataset_dir", _path, "held-out conversations", curve=False
@@ -323,10 +323,9 @@ class Recipe:
         )
 
     def curve(self) -> dict[str, Any]:
-        """The settings the losses depend on, as JSON values: a run is resumed with the same ones only."""
-        mattering = {name: getattr(self, name) for name, one in SETTINGS.items() if one.metadata["curve"]}
-        # A file that has moved is the same file.
-        return {name: v.name if isinstance(v, Path) else _plain(v) for name, v in mattering.items()}
+        """The settings the losses depend on, as JSON values: a run is resumed with the same ones only. Files are not
+        among them: what they hold counts, not where they are."""
+        return {name: _plain(getattr(self, name)) for name, one in SETTINGS.items() if one.metadata["curve"]}
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as JSON values."""

@@ -13,6 +13,7 @@ from research.qwen.config import QwenConfig
 from research.qwen.errors import ConfigError
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.train import loop
+from research.qwen.train.fingerprint import fingerprint
 from research.qwen.train.options import LoopOptions, Outcome
 from research.qwen.train.preparing import Prepared, check_memory, overview, prepare, warnings
 from research.qwen.train.protocols import Ranks
@@ -186,7 +187,14 @@ def loop_options(recipe: Recipe) -> LoopOptions:
 def settings(run: Prepared) -> dict[str, Any]:
     """What a resumed run must have in common with the one before, beside what the loop compares."""
     mattering = {name: value for name, value in run.recipe.curve().items() if name not in _OF_THE_LOOP}
-    return {**mattering, "samples": len(run.train), "tokens": run.train.survey().tokens}
+    assert run.recipe.train_data is not None  # ``prepare`` asks for one
+    return {
+        **mattering,
+        "base weights": fingerprint(*run.checkpoint.files),
+        "training data": fingerprint(run.recipe.train_data),
+        "samples": len(run.train),
+        "tokens": run.train.survey().tokens,
+    }
 
 
 @dataclass(frozen=True)
