@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Tensor
 
 from research.qwen.config import QwenConfig
-from research.qwen.kernels.ascend_train_graph import StagedModel, StepGraph, TrainingModel
+from research.qwen.kernels.ascend_train_graph import StepGraph, TrainingModel, model_for
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.model.ascend_shards import Shards
@@ -51,6 +51,7 @@ CASES = {
             "targets": ("attn.c_attn", "mlp.c_proj"),
         },
     ),
+    "accumulated": (ParallelLayout(data=2, model=2, micro_batches=2), 0, {}),
     "first stage": (ParallelLayout(data=2, model=2, stages=2, micro_batches=2), 0, {}),
     "last stage": (ParallelLayout(data=2, model=2, stages=2, micro_batches=2), 7, {}),
 }
@@ -80,7 +81,7 @@ def compiled(name: str) -> dict[str, object]:
     devices(layout.devices, rank, **layout.settings())
     config = dataclasses.replace(TINY, num_layers=LAYERS * layout.stages)
     spec = Spec(config, layout=layout, **{"compute": "float16", **more})
-    model = (StagedModel if layout.stages > 1 else TrainingModel)(spec)
+    model = model_for(spec)
     graph = StepGraph(model, spec, (0.1,) * len(model.trainable_params()), 1.0)
     found = operators(graph, *inputs())
     parts = {

@@ -119,6 +119,13 @@ def test_optimizer_parallel_divides_weights_over_the_copies(graphs):
     assert both["transformer.h.0.ln_1.weight"] == [128]
 
 
+def test_accumulated_gradients_are_summed_once(graphs):
+    """Two micro batches in one graph: over the devices go sums of both."""
+    found = graphs["accumulated"]["communication"]
+    gradients = MATRICES + VECTORS + 4 * LAYERS
+    assert gradients < found["AllReduce"] <= gradients + 2
+
+
 @pytest.mark.parametrize("case", ["first stage", "last stage"])
 def test_a_stage_holds_its_layers_and_talks_to_its_neighbour(graphs, case):
     """Two micro batches: as many activations one way, and gradients the other; nothing else goes between stages."""

@@ -11,8 +11,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, lazy_inline, nn, ops
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
+from mindspore.parallel.nn import GradAccumulation
 
 from research.qwen.kernels.ascend_training import Layer, Linear, RMSNorm, Spec, parameter
+from research.qwen.kernels.parallel_layout import ParallelLayout
 
 
 class Embedding(nn.Cell):
@@ -109,12 +111,22 @@ class TrainingModel(nn.Cell):
         return self.loss(self.lm_head(self.transformer(ids, cos, sin, mask)), targets, shares)
 
 
-class StagedModel(TrainingModel):
-    """A TrainingModel whose graph is kept whole for every micro batch, as MindSpore's pipeline wants it."""
+class RepeatedModel(TrainingModel):
+    """A TrainingModel whose graph is kept whole for every micro batch, as MindSpore wants it on several devices."""
 
     @lazy_inline
     def __init__(self, spec: Spec):
         super().__init__(spec)
+
+
+def accumulates(layout: ParallelLayout) -> bool:
+    """Whether MindSpore itself adds up micro batches: on several devices, in stages or not."""
+    return layout.devices > 1 and layout.micro_batches > 1
+
+
+def model_for(spec: Spec) -> TrainingModel:
+    """The model that a StepGraph of this layout takes."""
+    return RepeatedModel(spec) if accumulates(spec.layout) else TrainingModel(spec)
 
 
 _square = ops.MultitypeFuncGraph("qwen_square")
@@ -160,8 +172,10 @@ class StepGraph(nn.Cell):
         super().__init__(auto_prefix=False)
         layout = spec.layout
         network: nn.Cell = model
-        if layout.stages > 1:
-            network = nn.PipelineCell(model, layout.micro_batches)
+        if accumulates(layout):
+            network = (nn.PipelineCell if layout.stages > 1 else GradAccumulation)(
+                model, layout.micro_batches
+            )
         elif layout.micro_batches > 1:
             network = MicroBatches(model, layout.micro_batches)
         self.network = _VirtualDatasetCell(network) if layout.devices > 1 else network
@@ -169,8 +183,8 @@ class StepGraph(nn.Cell):
         self.weights = ParameterTuple(model.trainable_params())
         self.first = self.weights.clone(prefix="adam_m", init="zeros")
         self.second = self.weights.clone(prefix="adam_v", init="zeros")
-        # The gradients of a pipeline's micro batches are added up in parameters of MindSpore's.
-        self.gathered = nn.PipelineGradReducer(self.weights) if layout.stages > 1 else None
+        # On several devices the gradients of micro batches are added up in parameters of MindSpore's.
+        self.gathered = nn.PipelineGradReducer(self.weights) if accumulates(layout) else None
         start = np.array([0.9, 0.95, 1e-8, 1.0, 1.0, 0.0, 1.0], np.float32)
         self.numbers = Parameter(Tensor(start), name="numbers", requires_grad=False)
         self.both = ops.value_and_grad(self.network, None, self.weights)

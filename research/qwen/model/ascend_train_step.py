@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from research.qwen.config import QwenConfig
 from research.qwen.errors import TrainingError
 from research.qwen.kernels.ascend_cells import converted
-from research.qwen.kernels.ascend_train_graph import StagedModel, StepGraph, TrainingModel
+from research.qwen.kernels.ascend_train_graph import StepGraph, model_for
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import bands, published_name
 from research.qwen.model.ascend_shards import Shards
@@ -109,7 +109,7 @@ class AscendTrainStep:
         """
         self.config, self.spec, self.optimizer, self.length = spec.config, spec, optimizer, length
         self._exchange: Exchange = exchange or Alone()
-        self.model = (StagedModel if spec.layout.stages > 1 else TrainingModel)(spec)
+        self.model = model_for(spec)
         self.scale = LossScale(_start(optimizer, spec.compute), optimizer.loss_scale_window)
         trained = self.model.trainable_params()
         decays = tuple(
