@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from research.qwen.errors import TrainingError
+from research.qwen.kernels import ascend_train_graph
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import ParallelLayout
+from research.qwen.model.ascend_shards import Division
 from research.qwen.model.ascend_train_step import AscendTrainStep, step_arrays
 from research.qwen.model.train_step import open_training
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
@@ -103,6 +105,40 @@ def test_float16_scales_its_loss_and_skips_an_overflow():
     other = plain.step([batch], 1e-3)
     assert abs(result.loss - other.loss) < 5e-3 and abs(result.grad_norm / other.grad_norm - 1) < 0.02
     assert int(step.state()["updates"]) == 1
+
+
+class Pair:
+    """What both of two devices hear that share the rows of one model; here one of them has all of it."""
+
+    rank, world = 0, 2
+
+    def sums(self, *values):
+        return [2 * value for value in values]
+
+    def add(self, gradients):
+        pass
+
+
+def test_matrices_in_bands_are_those_of_the_published_model(monkeypatch):
+    """The graph of model_parallel 2 (q, k, v apart, no Swiglu, parts loaded and saved), undivided, on one device."""
+    monkeypatch.setattr(ascend_train_graph, "_VirtualDatasetCell", lambda network: network)
+    plain = plain_step(FULL)
+    batch = golden_batch(golden())
+    weights = {name: value.copy() for name, value in plain.model.weights.items()}
+    spec = Spec(plain.config, compute="float32", fused=train_standins(), layout=ParallelLayout(model=2))
+    step = AscendTrainStep(spec, plain.optimizer.spec, weights, batch.ids.shape[1], Pair())
+    whole = {name: Division((1,), (-1,) * len(shape), False) for name, shape in step._shapes.items()}
+    monkeypatch.setattr(step._shards, "found", lambda layouts: step._shards.divisions.update(whole))
+    before = step.state()
+    assert any("c_attn.q" in name for name in step._shapes)
+    assert all(np.array_equal(before[name], value) for name, value in plain.state().items())
+    for _ in range(2):
+        result, other = step.step([batch], 1e-3), plain.step([batch], 1e-3)
+        assert abs(result.loss - other.loss) < 1e-5 and abs(result.grad_norm / other.grad_norm - 1) < 1e-5
+    after = step.state()
+    assert max(np.abs(after[name] - value).max() for name, value in plain.state().items()) < 2e-4
+    with pytest.raises(TrainingError, match="no evaluation during training"):
+        step.evaluate(batch)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""docs/finetune.md and its translation say what the programs say: memory tables, commands and options."""
+"""docs/finetune.md and its translation say what the programs say: commands and options."""
 
 from __future__ import annotations
 
@@ -8,22 +8,12 @@ import shlex
 
 import pytest
 
-from scripts import finetune_memory
-
 PAGES = {"en": "finetune.md", "zh": "finetune_zh.md"}
 
 
 @pytest.fixture(params=PAGES)
 def page(request, repository):
     return request.param, (repository / "docs" / PAGES[request.param]).read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("options", [["--alone"], [], ["--device", "cpu"]], ids=["alone", "several", "cpu"])
-def test_memory_tables_are_those_of_the_script(page, options, capsys):
-    language, text = page
-    assert finetune_memory.main([*options, "--language", language]) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) > 8 and "\n".join(table) in text
 
 
 def commands(text: str) -> list[str]:
