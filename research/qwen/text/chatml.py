@@ -75,7 +75,9 @@ def make_context(
     if _checked_format(chat_format) == "raw":
         return query, tokenizer.encode(query, allowed_special="all")
     head = Message("system", system)
-    room = max_window_size - len(turn_ids(head, tokenizer).joined()) + 1  # the newline after it is not counted
+    room = (
+        max_window_size - len(turn_ids(head, tokenizer).joined()) + 1
+    )  # the newline after it is not counted
     kept: list[Message] = []
     for user, assistant, *_ in reversed(list(history or ())):
         pair = [Message("user", user), Message("assistant", assistant)]
