@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from research.qwen.errors import TrainingError
 from research.qwen.kernels import ascend_train_graph
@@ -13,6 +16,7 @@ from research.qwen.model.ascend_shards import Division
 from research.qwen.model.ascend_train_step import AscendTrainStep, step_arrays
 from research.qwen.model.train_step import open_training
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
+from research.qwen.weights.readers import open_checkpoint
 from tests.kernels.ascend_train_standins import train_standins
 from tests.model.training_cases import golden, golden_batch, model_folder, packed, rows_of, texts
 
@@ -21,9 +25,21 @@ FULL = MethodSpec()
 LORA = MethodSpec("lora", 4, 8.0, 0.0, targets=("all",), modules_to_save=("lm_head",))
 
 
-def plain_step(method):
-    """The golden model in training on ``reference``; of an adapter neither half is zero."""
-    plain = open_training(model_folder(), method=method, seed=3)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The golden model's first layer as a model: its graphs compile in half the time."""
+    folder, source = tmp_path_factory.mktemp("small"), open_checkpoint(model_folder())
+    config = json.loads((model_folder() / "config.json").read_text())
+    config |= {name: 1 for name in ("num_hidden_layers", "n_layer") if name in config}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [name for name in source.names() if "transformer.h.1." not in name]
+    save_file({name: np.array(source.read(name)) for name in names}, folder / "model.safetensors")
+    return folder
+
+
+def plain_step(method, folder=None):
+    """A model in training on ``reference``, the golden one by default; of an adapter neither half is zero."""
+    plain = open_training(folder or model_folder(), method=method, seed=3)
     random = np.random.default_rng(1)
     for name, value in plain.trainable().items():
         if "lora_B" in name:
@@ -68,9 +84,9 @@ def test_golden_steps_and_resume():
     assert all(np.array_equal(value, last[name]) for name, value in step.state().items())
 
 
-def test_adapters_packed_rows_and_micro_batches():
+def test_adapters_packed_rows_and_micro_batches(small):
     """LoRA beside frozen weights, several texts a row, the rows in two parts: as the cells of ``reference``."""
-    plain = plain_step(LORA)
+    plain = plain_step(LORA, small)
     step = ascend_step(
         plain,
         packed=True,
@@ -92,8 +108,8 @@ def test_adapters_packed_rows_and_micro_batches():
     assert_same_weights(step, plain, 2e-4)
 
 
-def test_float16_scales_its_loss_and_skips_an_overflow():
-    plain = plain_step(FULL)
+def test_float16_scales_its_loss_and_skips_an_overflow(small):
+    plain = plain_step(FULL, small)
     step = ascend_step(plain, 16, "float16", OptimizerSpec(loss_scale=2.0**30, loss_scale_window=2))
     batch = rows_of(texts((16, 11), plain.config.vocab_size))
     before = step.trainable()
@@ -119,10 +135,10 @@ class Pair:
         pass
 
 
-def test_matrices_in_bands_are_those_of_the_published_model(monkeypatch):
+def test_matrices_in_bands_are_those_of_the_published_model(monkeypatch, small):
     """The graph of model_parallel 2 (q, k, v apart, no Swiglu, parts loaded and saved), undivided, on one device."""
     monkeypatch.setattr(ascend_train_graph, "_VirtualDatasetCell", lambda network: network)
-    plain = plain_step(FULL)
+    plain = plain_step(FULL, small)
     batch = golden_batch(golden())
     weights = {name: value.copy() for name, value in plain.model.weights.items()}
     spec = Spec(plain.config, compute="float32", fused=train_standins(), layout=ParallelLayout(model=2))
