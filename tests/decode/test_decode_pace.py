@@ -23,11 +23,26 @@ def settle(pace, decoding, plain, token, steps=60):
     return read(pace, decoding, plain, token, steps)
 
 
+def settle_costs(pace, cost, plain=0.06):
+    """After plain steps of four sequences, prompts whose tokens cost what a formula says."""
+    for _ in range(5):
+        pace.note(4, 0, plain)
+    budget, stretches = pace.budget, []
+    for _ in range(60):
+        seconds = plain + (cost(budget) if budget else 0.0)
+        stretches.append(seconds / plain)
+        budget = pace.note(4, budget, seconds)
+    return max(stretches[-30:])
+
+
 @pytest.mark.parametrize("plain, token", [(0.03, 0.003), (0.06, 0.001), (0.2, 0.01)])
 def test_steps_stay_within_the_stretch(plain, token):
     pace = Pace(2.5)
     stretch = settle(pace, 4, plain, token)
-    assert 2.5 - ROWS * token / plain < stretch <= 2.5
+    probing = (
+        1.5 if pace.budget < 2 * SMALLEST else 1.0
+    )  # no half of it is enough: then now and then more is read
+    assert 2.5 - ROWS * token / plain < stretch <= 1 + 1.5 * probing
     assert (pace.budget + 4) % ROWS == 0 or pace.budget < ROWS, "whole groups of rows"
 
 
@@ -61,7 +76,9 @@ def test_between_steps_that_read_some_only_decode():
     pace.note(4, 0, 0.1)
     budgets = [pace.note(4, pace.budget, 0.1) for _ in range(REST)]
     assert all(budgets[:-1]) and budgets[-1] == 0
-    assert pace.note(4, 0, 0.1) == pace.budget > 16, "the prompt goes on as it was read before"
+    assert pace.budget == 252
+    assert pace.note(4, 0, 0.1) == 124, "the prompt goes on; first half as much, to see what tokens cost"
+    assert pace.note(4, 124, 0.1) == 252
 
 
 def test_a_machine_that_gets_slower_does_not_stop_the_prompt():
@@ -71,6 +88,20 @@ def test_a_machine_that_gets_slower_does_not_stop_the_prompt():
     slow = read(pace, 4, 0.6, 0.01, steps=80)
     assert slow <= 2.5
     assert pace.budget == before
+
+
+def test_where_reading_at_all_costs_much_a_few_tokens_more_are_read():
+    """Not the smallest budget for ever: its step is hardly shorter, and the prompt would take three times as long."""
+    pace = Pace(2.25)
+    stretch = settle_costs(pace, lambda tokens: 0.08 + 0.001 * tokens)
+    assert stretch <= 3.0
+    assert pace.budget >= 28
+
+
+def test_where_every_token_costs_much_it_is_the_smallest_budget():
+    pace = Pace(2.25)
+    settle_costs(pace, lambda tokens: 0.03 * tokens)
+    assert pace.budget == SMALLEST
 
 
 def test_one_disturbed_step_changes_nothing():

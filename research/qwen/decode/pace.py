@@ -9,49 +9,67 @@ SMALLEST, LARGEST = 8, 256
 ROWS = 16  # kernels compute rows in groups of as many: a group that is not full costs nearly what a full one does
 REST = 8  # reading steps between two that only decode
 _GROWTH = 1.5  # of the budget, from one step to the next
-_PLAIN_STEPS, _READING_STEPS = 5, 5  # kept: the median of so many does not heed one that was disturbed
+_DEARER = (
+    1.25  # of the smallest budget's cost, where that is too much anyway and little of it is for the tokens
+)
+_PLAIN_STEPS, _READING_STEPS = 5, 12  # kept; medians of them do not heed one that was disturbed
 
 
 class Pace:
     """Keeps steps that also read a prompt within ``stretch`` times a step that only decodes.
 
-    The cost of a prompt token is what such a step took beyond one that decodes as many sequences, divided by the
-    tokens; the budget spends ``stretch`` - 1 plain steps on them, between 8 and 256 tokens, in whole groups of rows.
-    A few tokens may cost next to nothing and more of them much, and what lies in the cache before them counts, too: so
-    a prompt that comes after plain steps begins with ``start`` tokens, and the budget grows slowly. Every ninth step
-    reads nothing: when something else begins to use the machine all steps get longer, and a stale idea of a plain
-    step would let a prompt crawl.
+    What such a step takes beyond one that decodes as many sequences is taken for a line over its prompt tokens: a part
+    for reading at all, and a part for each token. The budget spends ``stretch`` - 1 plain steps on it, between 8 and
+    256 tokens, in whole groups of rows. Where even the smallest budget takes longer, because reading at all does, it is
+    as many tokens as cost hardly more.
+
+    - Every ninth step reads nothing: when something else begins to use the machine all steps get longer, and a stale
+      idea of a plain step would let a prompt crawl. The step after it reads half of the budget, or where that is too
+      little half as much again, so that the line has two points.
+    - What lies in the cache before a prompt counts, too: so a prompt that comes after plain steps begins with ``start``
+      tokens, and the budget grows slowly.
     """
 
     def __init__(self, stretch: float, start: int = 16):
         self.stretch, self.start, self.budget = stretch, start, start
         self._plain: dict[int, deque[float]] = {}  # sequences that decode -> seconds of plain steps
-        self._token: deque[float] = deque(maxlen=_READING_STEPS)
-        self._read_steps, self._resting = 0, False
+        self._read: deque[tuple[int, float]] = deque(
+            maxlen=_READING_STEPS
+        )  # tokens, seconds beyond a plain step
+        self._steps, self._resting = 0, False
 
     def note(self, decoding: int, reading: int, seconds: float) -> int:
         """A step computed ``decoding`` single tokens and ``reading`` of prompts; the budget of the next one, or 0."""
+        probe = False
         if decoding and reading:
-            self._read(decoding, reading, seconds)
-            self._read_steps += 1
-            self._resting = self._read_steps % REST == 0
+            self._take(decoding, reading, seconds)
+            self._steps += 1
+            self._resting = self._steps % REST == 0
         elif decoding:
             self._plain.setdefault(decoding, deque(maxlen=_PLAIN_STEPS)).append(seconds)
+            probe = self._resting
             if not self._resting:
-                self._token.clear()
-                self._read_steps = 0
+                self._read.clear()
+                self._steps = 0
                 self.budget = _whole_groups(decoding, self.start)
             self._resting = False
-        return 0 if self._resting else self.budget
+        if self._resting:
+            return 0
+        return self._other(decoding) if probe else self.budget
 
-    def _read(self, decoding: int, reading: int, seconds: float) -> None:
+    def _take(self, decoding: int, reading: int, seconds: float) -> None:
         plain = self._expected(decoding)
         if plain is None:
             return
-        self._token.append(max(seconds - plain, 0.0) / reading)
-        wanted = (self.stretch - 1) * plain / max(median(self._token), 1e-9)
+        self._read.append((reading, max(seconds - plain, 0.0)))
         most = max(_GROWTH * self.budget, self.budget + ROWS)
+        wanted = _tokens_for((self.stretch - 1) * plain, list(self._read))
         self.budget = _whole_groups(decoding, int(min(max(wanted, SMALLEST), LARGEST, most)))
+
+    def _other(self, decoding: int) -> int:
+        """Another number of tokens than the budget."""
+        half = self.budget // 2
+        return _whole_groups(decoding, half) if half >= SMALLEST else int(_GROWTH * self.budget)
 
     def _expected(self, decoding: int) -> float | None:
         """Seconds of a plain step; of the nearest number of sequences that was seen, rather fewer than more."""
@@ -59,6 +77,22 @@ class Pace:
             return None
         nearest = min(self._plain, key=lambda seen: (abs(seen - decoding), seen))
         return median(self._plain[nearest])
+
+
+def _tokens_for(seconds: float, steps: list[tuple[int, float]]) -> float:
+    """Tokens that can be read in so many seconds, by the line through the shorter and the longer of some steps."""
+    middle = (min(steps)[0] + max(steps)[0]) / 2
+    few = [step for step in steps if step[0] <= middle]
+    many = [step for step in steps if step[0] > middle]
+    tokens, spent = (median(column) for column in zip(*few, strict=True))
+    slope = spent / tokens
+    if many:
+        more_tokens, more_spent = (median(column) for column in zip(*many, strict=True))
+        slope = max((more_spent - spent) / (more_tokens - tokens), 0.0)
+    least = spent - slope * (tokens - SMALLEST)
+    if least > seconds and slope * SMALLEST < least / 2:
+        seconds = max(seconds, _DEARER * least)
+    return tokens + (seconds - spent) / max(slope, 1e-9)
 
 
 def _whole_groups(decoding: int, tokens: int) -> int:
