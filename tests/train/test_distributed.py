@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from research.qwen.errors import KernelError, TrainingError
+from research.qwen.model.parallel import World, join_world
 from tests.train import distributed_worker
 
 pytestmark = [pytest.mark.mindspore, pytest.mark.slow]
@@ -167,3 +169,17 @@ def test_the_script_checks_its_arguments(repository, arguments, variables, messa
     kept = {name: value for name, value in os.environ.items() if name not in ("NODES", "MASTER_ADDR")}
     done = subprocess.run([script, *arguments], env={**kept, **variables}, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_processes_without_the_device_they_want(monkeypatch):
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    with pytest.raises(KernelError, match="finds no Ascend device"):
+        join_world("ascend")
+    monkeypatch.setenv("MS_WORKER_NUM", "1")
+    assert join_world("ascend").world == 1
+
+
+def test_gradients_of_another_kind_are_refused():
+    with pytest.raises(TrainingError, match="gradient of w is no contiguous float32"):
+        World(0, 2, lambda flat: flat).add({"w": np.ones((2, 2), np.float64)})

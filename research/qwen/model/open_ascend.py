@@ -19,6 +19,7 @@ from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.devices import ascend_problem
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.model.ascend_train_step import AscendTrainStep
+from research.qwen.model.parallel import started_by_msrun
 from research.qwen.model.training_specs import MODULES, MethodSpec, OptimizerSpec
 from research.qwen.model.training_weights import TrainingWeights
 
@@ -47,13 +48,14 @@ class _Wide(Mapping[str, NDArray[np.float32]]):
 
 
 def select_device() -> None:
-    """Make the NPU MindSpore's device; KernelError with the reason if there is none."""
+    """Make the NPU MindSpore's device, if ``join_world`` has not; KernelError with the reason if there is none."""
     problem = ascend_problem()
     if problem is not None:
         raise KernelError(
             f"training on ascend asked for, but MindSpore finds no Ascend device: {problem}; use device cpu"
         )
-    ms.set_device("Ascend")
+    if not started_by_msrun():
+        ms.set_device("Ascend")
 
 
 def open_ascend(

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from research.qwen.errors import TrainingError
+from research.qwen.errors import KernelError, TrainingError
+from research.qwen.kernels.devices import ascend_problem
 
 BUCKET = 1 << 22  # float32 values sent at once: large enough for few calls, small enough for a small copy
 PIECES = 3  # float32 words that hold a float64 exactly
@@ -88,20 +89,24 @@ def started_by_msrun() -> bool:
     return "MS_ROLE" in os.environ and int(os.environ.get("MS_WORKER_NUM", "1")) > 1
 
 
-def join_world() -> World:
-    """The processes that train together; alone without ``msrun``.
+def join_world(device: str = "cpu") -> World:
+    """The processes that train together, each on a ``device`` (cpu, ascend) of its own; alone without ``msrun``.
 
     The scheduler process of msrun comes here too and is held until all others have left; it never returns.
-    Raises TrainingError if the others do not come in time (``--cluster_time_out``).
+    Raises TrainingError if the others do not come in time (``--cluster_time_out``), KernelError without an NPU.
     """
     if not started_by_msrun():
         return World()
     import mindspore as ms
     from mindspore.communication import get_group_size, get_rank, init
 
-    backend = "mccl" if ms.get_context("device_target") == "CPU" else None
+    problem = ascend_problem() if device == "ascend" else None
+    if problem is not None:
+        raise KernelError(f"device ascend asked for, but MindSpore finds no Ascend device: {problem}")
     try:
-        init(backend)
+        # MindSpore wants to know the device before the processes meet; msrun then gives each NPU to one of them.
+        ms.set_device("CPU" if device == "cpu" else "Ascend")
+        init("mccl" if device == "cpu" else "hccl")
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TrainingError(

@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, shape: QwenConfig | None = None) -> Prepared:
         held_out.survey()
     batches = make_batches(recipe, train, tokenizer, 0, recipe.data_parallel)
     per_epoch = -(-batches.steps_per_epoch // recipe.accumulation)
-    device = _device(recipe)
+    device = chosen_device(recipe)
     check_device(recipe, device, bool(source.formats))
     return Prepared(
         recipe,
@@ -214,7 +214,8 @@ def _tokenizer(recipe: Recipe, checkpoint: Checkpoint, config: QwenConfig) -> Qw
     return tokenizer
 
 
-def _device(recipe: Recipe) -> str:
+def chosen_device(recipe: Recipe) -> str:
+    """cpu or ascend: what the recipe says, or what is there."""
     if recipe.backend is not None:
         return "ascend" if recipe.backend == "ascend" else "cpu"
     return resolve_device(recipe.device.lower())

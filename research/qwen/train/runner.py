@@ -15,7 +15,7 @@ from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.train import loop
 from research.qwen.train.fingerprint import fingerprint
 from research.qwen.train.options import LoopOptions, Outcome
-from research.qwen.train.preparing import Prepared, check_memory, overview, prepare, warnings
+from research.qwen.train.preparing import Prepared, check_memory, chosen_device, overview, prepare, warnings
 from research.qwen.train.protocols import Ranks
 from research.qwen.train.recipe import Recipe, changed
 from research.qwen.train.results import publish, result_name, saver, written_bytes
@@ -217,7 +217,7 @@ class _World:
                     "with scripts/msrun_finetune.sh, or set use_parallel: False"
                 )
             return cls(recipe, Ranks(), None)
-        world = join_world()
+        world = join_world(chosen_device(recipe))
         if recipe.world == 1:
             recipe = changed(recipe, data_parallel=world.world)
         if recipe.world != world.world:
