@@ -9,9 +9,8 @@ SMALLEST, LARGEST = 8, 256
 ROWS = 16  # kernels compute rows in groups of as many: a group that is not full costs nearly what a full one does
 REST = 8  # reading steps between two that only decode
 _GROWTH = 1.5  # of the budget, from one step to the next
-_DEARER = (
-    1.25  # of the smallest budget's cost, where that is too much anyway and little of it is for the tokens
-)
+# What the smallest budget may cost more, where it is too dear anyway and little of that is for the tokens.
+_DEARER = 1.25
 _PLAIN_STEPS, _READING_STEPS = 5, 12  # kept; medians of them do not heed one that was disturbed
 
 
@@ -84,15 +83,19 @@ def _tokens_for(seconds: float, steps: list[tuple[int, float]]) -> float:
     middle = (min(steps)[0] + max(steps)[0]) / 2
     few = [step for step in steps if step[0] <= middle]
     many = [step for step in steps if step[0] > middle]
-    tokens, spent = (median(column) for column in zip(*few, strict=True))
+    tokens, spent = _middle(few)
     slope = spent / tokens
     if many:
-        more_tokens, more_spent = (median(column) for column in zip(*many, strict=True))
+        more_tokens, more_spent = _middle(many)
         slope = max((more_spent - spent) / (more_tokens - tokens), 0.0)
     least = spent - slope * (tokens - SMALLEST)
     if least > seconds and slope * SMALLEST < least / 2:
         seconds = max(seconds, _DEARER * least)
     return tokens + (seconds - spent) / max(slope, 1e-9)
+
+
+def _middle(steps: list[tuple[int, float]]) -> tuple[float, float]:
+    return median(tokens for tokens, _ in steps), median(spent for _, spent in steps)
 
 
 def _whole_groups(decoding: int, tokens: int) -> int:
