@@ -52,7 +52,7 @@ class Ours:
         import os
 
         os.environ["QWEN_THREADS"] = str(threads)
-        from research.qwen.model.train_step import open_training
+        from research.qwen.model.open_training import open_training
         from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 
         spec = MethodSpec(method, RANK, ALPHA, dropout, ("c_attn", "c_proj", "w1", "w2"))

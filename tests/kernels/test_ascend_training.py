@@ -14,7 +14,7 @@ from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.model.ascend_shards import Division
 from research.qwen.model.ascend_train_step import AscendTrainStep, step_arrays
-from research.qwen.model.train_step import open_training
+from research.qwen.model.open_training import open_training
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 from research.qwen.weights.readers import open_checkpoint
 from tests.kernels.ascend_train_standins import train_standins

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from research.qwen.errors import ConfigError, KernelError, TrainingError
+from research.qwen.model.open_training import open_training
 from research.qwen.model.optimizer import AdamW
-from research.qwen.model.train_step import LossScale, TrainStep, open_training
+from research.qwen.model.stepping import LossScale
+from research.qwen.model.train_step import TrainStep
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 from tests.gptq_fixtures import gptq_folder
 from tests.model.training_cases import (

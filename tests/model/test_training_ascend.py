@@ -9,7 +9,7 @@ import pytest
 
 from research.qwen.errors import ConfigError, KernelError
 from research.qwen.model.open_ascend import open_ascend
-from research.qwen.model.train_step import open_training
+from research.qwen.model.open_training import open_training
 from research.qwen.model.training import TrainingModel
 from research.qwen.model.training_rows import flatten
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec

@@ -11,7 +11,8 @@ import pytest
 from research.qwen.kernels.native_unpack import NativeUnpacker, numpy_unpack
 from research.qwen.kernels.packing import packing
 from research.qwen.model.frozen import FrozenMatrices, Stored
-from research.qwen.model.train_step import TrainStep, open_training
+from research.qwen.model.open_training import open_training
+from research.qwen.model.train_step import TrainStep
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 from research.qwen.quant.schemes import dequantize_packed, quantize_packed
 from research.qwen.weights.adapters import load_adapter

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from research.qwen.model.open_training import open_training
 from research.qwen.model.parallel import World, join_world
-from research.qwen.model.train_step import TrainStep, open_training
+from research.qwen.model.train_step import TrainStep
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 from tests.train.fake_training import FakeBatch
 

@@ -23,7 +23,7 @@ from research.qwen.kernels.ascend_train_graph import StepGraph, model_for
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import bands, published_name
 from research.qwen.model.ascend_shards import Shards
-from research.qwen.model.train_step import FIRST, SECOND, Alone, Exchange, LossScale, StepResult
+from research.qwen.model.stepping import FIRST, SECOND, Alone, Exchange, StepResult, loss_scale
 from research.qwen.model.training_rows import IGNORED, BatchLike, count_targets
 from research.qwen.model.training_specs import OptimizerSpec
 from research.qwen.rope import inverse_frequencies
@@ -110,7 +110,7 @@ class AscendTrainStep:
         self.config, self.spec, self.optimizer, self.length = spec.config, spec, optimizer, length
         self._exchange: Exchange = exchange or Alone()
         self.model = model_for(spec)
-        self.scale = LossScale(_start(optimizer, spec.compute), optimizer.loss_scale_window)
+        self.scale = loss_scale(optimizer, spec.compute)
         trained = self.model.trainable_params()
         decays = tuple(
             optimizer.weight_decay if optimizer.decays(published_name(p.name)[0]) else 0.0 for p in trained
@@ -243,12 +243,6 @@ class AscendTrainStep:
         whole = self._shards.spread(name, shape, part)
         self._exchange.add({name: whole})
         return whole
-
-
-def _start(optimizer: OptimizerSpec, compute: str) -> float | None:
-    from research.qwen.model.train_step import DEFAULT_SCALE
-
-    return optimizer.loss_scale or (DEFAULT_SCALE if compute == "float16" else None)
 
 
 def _part(name: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...] = ()) -> Array:

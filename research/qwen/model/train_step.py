@@ -4,88 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
-from research.qwen.errors import KernelError, TrainingError
+from research.qwen.errors import TrainingError
 from research.qwen.interrupts import held
-from research.qwen.kernels.training_ways import cpu_way, reference_way
 from research.qwen.model.optimizer import AdamW
+from research.qwen.model.stepping import FIRST, SECOND, Alone, Exchange, LossScale, StepResult
 from research.qwen.model.training import Gradients, TrainingModel
 from research.qwen.model.training_rows import BatchLike, count_targets, flatten
-from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
-from research.qwen.model.training_weights import training_weights
-
-if TYPE_CHECKING:
-    from research.qwen.kernels.parallel_layout import ParallelLayout
-    from research.qwen.model.ascend_train_step import AscendTrainStep
 
 Array = NDArray[np.float32]
-FIRST, SECOND = "adam_m.", "adam_v."
-BACKENDS = ("reference", "cpu")
-LARGEST_SCALE, DEFAULT_SCALE = 2.0**24, 2.0**16
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """``loss``: mean over all ``tokens`` learned from; ``grad_norm``: before clipping; ``overflow``: a gradient was not
-    finite, nothing was changed and the loss scale was halved (there is one with float16 only; else it is 1)."""
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    overflow: bool
-    loss_scale: float
-
-
-class Exchange(Protocol):
-    """Other processes that train the same model on other rows."""
-
-    rank: int
-    world: int
-
-    def sums(self, *values: float) -> list[float]:
-        """Each value summed over the processes."""
-
-    def add(self, gradients: Mapping[str, Array]) -> None:
-        """Replaces every gradient by the sum of those of all processes, in place; the names and order are the same."""
-
-
-class Alone:
-    """No other process."""
-
-    rank, world = 0, 1
-
-    def sums(self, *values: float) -> list[float]:
-        """The values."""
-        return list(values)
-
-    def add(self, gradients: Mapping[str, Array]) -> None:
-        """Nothing to add."""
-
-
-class LossScale:
-    """Dynamic loss scale (https://arxiv.org/abs/1710.03740): halved on overflow, doubled after ``window`` good
-    steps."""
-
-    def __init__(self, start: float | None, window: int) -> None:
-        self.value, self.good = start or 1.0, 0
-        self._active, self._window = start is not None, window
-
-    def after(self, overflow: bool) -> None:
-        """Take note of a step."""
-        if not self._active:
-            return
-        self.good = 0 if overflow else self.good + 1
-        if overflow:
-            self.value = max(self.value / 2.0, 1.0)
-        elif self.good >= self._window:
-            self.value, self.good = min(self.value * 2.0, LARGEST_SCALE), 0
 
 
 class TrainStep:
@@ -186,52 +118,3 @@ class TrainStep:
                 np.copyto(value, state[name])
         self._steps, self.optimizer.updates = int(state["step"]), int(state["updates"])
         self.scale.value, self.scale.good = float(state["loss_scale"]), int(state["loss_scale_good"])
-
-
-def open_training(
-    checkpoint: str | Path,
-    config: QwenConfig | None = None,
-    method: MethodSpec | None = None,
-    optimizer: OptimizerSpec | None = None,
-    compute_dtype: str = "float32",
-    backend: str = "reference",
-    seed: int = 0,
-    recompute: bool = False,
-    exchange: Exchange | None = None,
-    layout: ParallelLayout | None = None,
-    packed: bool = False,
-    length: int | None = None,
-) -> TrainStep | AscendTrainStep:
-    """Load a checkpoint (anything that ``open_model`` takes) for training.
-
-    ``config`` None is the one beside the checkpoint. ``seed``: of new LoRA matrices and of dropout. ``recompute``: keep
-    only the input of every layer and run it again in the backward pass. For Ascend alone: ``layout`` over devices,
-    ``packed`` whether rows hold several texts, ``length`` of every row (None: a graph for each that comes). Raises
-    CheckpointError, ConfigError, KernelError, TrainingError.
-    """
-    method, optimizer = method or MethodSpec(), optimizer or OptimizerSpec()
-    if backend == "ascend":
-        from research.qwen.model.open_ascend import open_ascend, select_device
-
-        select_device()
-        found = training_weights(Path(checkpoint), config, method, backend, seed)
-        return open_ascend(
-            found, method, optimizer, compute_dtype, recompute, exchange, layout, packed, length
-        )
-    if backend not in BACKENDS:
-        raise KernelError(
-            f"backend {backend!r} does not train here; choose one of {', '.join(BACKENDS)}, ascend"
-        )
-    if compute_dtype != "float32":
-        raise KernelError(f"training on the CPU computes in float32, not {compute_dtype!r}")
-    way = cpu_way() if backend == "cpu" else reference_way()
-    found = training_weights(Path(checkpoint), config, method, backend, seed)
-    model = TrainingModel(
-        found.config, method, found.arrays, found.trained, seed, recompute, found.frozen, way
-    )
-    parameters = found.parameters()
-    start = optimizer.loss_scale or (DEFAULT_SCALE if compute_dtype == "float16" else None)
-    scale = LossScale(start, optimizer.loss_scale_window)
-    native = way.optimizer
-    adamw = AdamW(optimizer, parameters, *((native.update, native.square_sum) if native else ()))
-    return TrainStep(found.config, model, parameters, adamw, scale, exchange)

@@ -106,7 +106,7 @@ def train(
 
 def open_step(run: Prepared, exchange: Any = None) -> TrainStep | AscendTrainStep:
     """The model in training: weights loaded, optimizer at its beginning."""
-    from research.qwen.model.train_step import open_training
+    from research.qwen.model.open_training import open_training
 
     recipe = run.recipe
     # Both are read from the environment where they are needed; DEVICE_ID is MindSpore's own.
