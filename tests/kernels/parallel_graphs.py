@@ -49,6 +49,7 @@ CASES = {
             "trained": False,
             "rank": 4,
             "targets": ("attn.c_attn", "mlp.c_proj"),
+            "dropout": 0.05,
         },
     ),
     "accumulated": (ParallelLayout(data=2, model=2, micro_batches=2), 0, {}),
@@ -72,7 +73,7 @@ def inputs() -> list[Tensor]:
     table = np.zeros((ROWS, LENGTH, dim), np.float32)
     mask = np.zeros((ROWS, LENGTH, LENGTH), np.uint8)
     flat = [np.zeros(tokens, kind) for kind in (np.int32, np.int32, np.float32)]
-    return [Tensor(array) for array in (*flat, table, table, mask)]
+    return [Tensor(array) for array in (*flat, table, table, mask, np.zeros((tokens, 4), np.int32))]
 
 
 def compiled(name: str) -> dict[str, object]:

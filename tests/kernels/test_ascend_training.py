@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,11 +11,14 @@ from safetensors.numpy import save_file
 
 from research.qwen.errors import TrainingError
 from research.qwen.kernels import ascend_train_graph
+from research.qwen.kernels import dropout_words as words
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.parallel_layout import ParallelLayout
+from research.qwen.kernels.training import MATRICES
 from research.qwen.model.ascend_shards import Division
 from research.qwen.model.ascend_train_step import AscendTrainStep, step_arrays
 from research.qwen.model.open_training import open_training
+from research.qwen.model.training_rows import flatten
 from research.qwen.model.training_specs import MethodSpec, OptimizerSpec
 from research.qwen.weights.readers import open_checkpoint
 from tests.kernels.ascend_train_standins import train_standins
@@ -106,6 +110,82 @@ def test_adapters_packed_rows_and_micro_batches(small):
     few = [packed([[a]], width=16)]  # an epoch's last step has fewer rows
     assert abs(step.step(few, 1e-2).loss - plain.step(few, 1e-2).loss) < 1e-4
     assert_same_weights(step, plain, 2e-4)
+
+
+class MasksOfTheGraph:
+    """In the place of ``model.lora.Dropout``: what the graph keeps of the tokens of a step."""
+
+    def __init__(self, rate, seed, micro, config):
+        self.rate, self.seed, self.keep = rate, seed, words.chances(rate) / words.CHANCES
+        sizes = np.cumsum([0, *(batch.ids.size for batch in micro)])
+        self.places = [flatten(b, config).places + at for b, at in zip(micro, sizes[:-1], strict=True)]
+        self.total = sizes[-1]
+
+    def kept(self, step, micro, layer, matrix, shape):
+        tokens = words.token_words(self.seed, step, 0, self.total, self.rate)[self.places[micro]]
+        mask = kept_inputs(tokens, self.seed, layer, MATRICES.index(matrix), shape[1])
+        assert mask.shape == shape
+        return mask
+
+
+def kept_inputs(tokens, seed, layer, matrix, n_in):
+    """The rule of ``dropout_words`` in NumPy: (T, n_in) bool."""
+    a, b, c, limit = (tokens ^ words.matrix_words(seed, layer, matrix)).T[:, :, None]
+    x, y, z = words.input_words(seed, n_in)
+    return (((a ^ x) * (b ^ y) ^ c ^ z) & words.BITS) < limit
+
+
+def test_dropout_of_adapters(small):
+    """Steps with the masks of the graph in the model of ``reference``, with recompute; a resume; no dropout later."""
+    method = dataclasses.replace(LORA, dropout=0.3)
+    plain = plain_step(method, small)
+    step = ascend_step(
+        plain,
+        trained=False,
+        saved=("lm_head",),
+        rank=4,
+        alpha=8.0,
+        targets=LORA.matrices(),
+        dropout=0.3,
+        seed=7,
+        recompute=True,
+        layout=ParallelLayout(micro_batches=2),
+    )
+    micro = [rows_of(texts(lengths, plain.config.vocab_size)) for lengths in ((16, 9), (12, 16))]
+    plain.model.dropout = MasksOfTheGraph(0.3, 7, micro, plain.config)
+    losses = []
+    for number in range(3):
+        if number == 2:
+            kept = {name: value.copy() for name, value in step.state().items()}
+        result, other = step.step(micro, 1e-2), plain.step(micro, 1e-2)
+        losses.append(result.loss)
+        assert abs(result.loss - other.loss) < 1e-4 and abs(result.grad_norm / other.grad_norm - 1) < 1e-4
+    assert_same_weights(step, plain, 2e-4)
+    assert abs(step.evaluate(micro[0])[0] - plain.evaluate(micro[0])[0]) < 1e-3
+    step.load_state(kept)
+    assert step.step(micro, 1e-2).loss == losses[-1]
+
+
+def test_masks_are_like_coins():
+    """Of the wanted share, in every row and column; neither inputs, tokens, matrices nor steps fall together."""
+    tokens, width, rate = 512, 1024, 0.05
+    rows = words.token_words(3, 0, 0, tokens, rate)
+    assert np.array_equal(rows[:100], words.token_words(3, 0, 0, 100, rate))  # rows of padding change nothing
+    dropped = ~kept_inputs(rows, 3, 0, 0, width)
+    assert abs(dropped.mean() - rate) < 0.002
+    for axis, count in ((0, tokens), (1, width)):
+        spread = dropped.mean(axis).std() / np.sqrt(rate * (1 - rate) / count)
+        assert 0.9 < spread < 1.1
+        centred = (dropped - rate if axis else (dropped - rate).T) / np.sqrt(rate * (1 - rate))
+        together = centred @ centred.T / np.sqrt(centred.shape[1])  # of two different ones: about normal
+        assert abs(together[np.triu_indices_from(together, 1)].std() - 1) < 0.05
+    others = [~kept_inputs(rows, 3, *place, width) for place in ((0, 1), (1, 0), (31, 4))]
+    others += [
+        ~kept_inputs(words.token_words(3, s, c, tokens, rate), 3, 0, 0, width) for s, c in ((1, 0), (0, 1))
+    ]
+    for other in others:
+        assert abs((dropped & other).mean() - rate**2) < 0.0006
+    assert kept_inputs(words.quiet_words(tokens), 3, 0, 0, width).all()
 
 
 def test_float16_scales_its_loss_and_skips_an_overflow(small):

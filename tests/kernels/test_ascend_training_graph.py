@@ -31,7 +31,13 @@ class TestOneDevice:
         [
             {"compute": "float16"},
             {"compute": "bfloat16", "packed": True, "recompute": True},
-            {"compute": "bfloat16", "trained": False, "rank": 4, "targets": ("attn.c_attn", "mlp.w1")},
+            {
+                "compute": "bfloat16",
+                "trained": False,
+                "rank": 4,
+                "targets": ("attn.c_attn", "mlp.w1"),
+                "dropout": 0.05,
+            },
         ],
         ids=["full float16", "full bfloat16 packed recompute", "lora bfloat16"],
     )

@@ -72,8 +72,3 @@ def test_what_its_graph_has_not(changes, dtype, message):
 def test_quantised_checkpoints_are_refused():
     with pytest.raises(ConfigError, match="quantised weights"):
         opened(LORA, gptq_folder("int4"), "float16")
-
-
-def test_dropout_that_is_not_there_is_told(caplog):
-    opened(dataclasses.replace(LORA, dropout=0.05))
-    assert "lora_dropout 0.05 is taken as 0" in caplog.text

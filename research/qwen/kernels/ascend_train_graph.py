@@ -2,7 +2,8 @@
 
 Not run on an NPU by this project. Inputs of a step, all made on the host: ids, targets (T,) int32; shares (T,) float32,
 1 / number of tokens learned from in the whole step, 0 where nothing is learned, so that losses and gradients of
-micro batches, rows and devices are simply added up; cos, sin (B, S, d) float32; mask (B, S, S) uint8, 1 = not seen.
+micro batches, rows and devices are simply added up; cos, sin (B, S, d) float32; mask (B, S, S) uint8, 1 = not seen;
+noise (T, 4) int32, the words of ``dropout_words``, not looked at without dropout.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Transformer(nn.Cell):
         super().__init__()
         layers, layout = spec.config.num_layers, spec.layout
         self.wte = Embedding(spec)
-        self.h = nn.CellList([Layer(spec) for _ in range(layers)])
+        self.h = nn.CellList([Layer(spec, i) for i in range(layers)])
         self.ln_f = RMSNorm(spec)
         if layout.stages > 1:
             self.wte.pipeline_stage = 0
@@ -51,10 +52,10 @@ class Transformer(nn.Cell):
             for layer in self.h:
                 layer.recompute()
 
-    def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def construct(self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         x = self.wte(ids)
         for layer in self.h:
-            x = layer(x, cos, sin, mask)
+            x = layer(x, cos, sin, mask, noise)
         return self.ln_f(x)
 
 
@@ -106,9 +107,16 @@ class TrainingModel(nn.Cell):
             self.loss.pipeline_stage = layout.stages - 1
 
     def construct(
-        self, ids: Tensor, targets: Tensor, shares: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        shares: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        noise: Tensor,
     ) -> Tensor:
-        return self.loss(self.lm_head(self.transformer(ids, cos, sin, mask)), targets, shares)
+        return self.loss(self.lm_head(self.transformer(ids, cos, sin, mask, noise)), targets, shares)
 
 
 class RepeatedModel(TrainingModel):
@@ -191,10 +199,8 @@ class StepGraph(nn.Cell):
         self.map = ops.HyperMap()
         self.decays, self.clip = decays, clip
 
-    def construct(
-        self, ids: Tensor, targets: Tensor, shares: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, grads = self.both(ids, targets, shares, cos, sin, mask)
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, grads = self.both(*inputs)
         if self.gathered is not None:
             grads = self.gathered(grads)
         grads = self.map(ops.partial(_times, 1.0 / self.numbers[6]), grads)

@@ -2,9 +2,9 @@
 
 Not run on an NPU by this project; docs/finetune.md says what is checked and how. Weights are kept in their own dtype
 (float32 for full fine-tuning) and cast to the compute dtype where they are used. T = B * S tokens, row after row; what
-depends on positions and segments (cos, sin, mask) is made on the host and shared by all layers, so a pipeline sends
-nothing but hidden states from stage to stage. Every primitive gets its strategy, ((devices per axis), ...) of each
-input, from the layout; on one device all of them are 1 and MindSpore ignores them.
+depends on positions and segments (cos, sin, mask), and what dropout is made of (noise), is made on the host and shared
+by all layers, so a pipeline sends nothing but hidden states from stage to stage. Every primitive gets its strategy,
+((devices per axis), ...) of each input, from the layout; on one device all of them are 1 and MindSpore ignores them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import SiLU
 
 from research.qwen.config import QwenConfig
+from research.qwen.kernels.ascend_dropout import Drop
 from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
 from research.qwen.kernels.parallel_layout import ParallelLayout
+from research.qwen.kernels.training import MATRICES
 
+Place = tuple[int, int]
 TRIANGLE = 2048  # side of the compressed causal mask of FlashAttentionScore, sparse_mode 2
 
 
@@ -31,7 +34,8 @@ class Spec:
     """What the cells are built from. ``packed``: rows hold several samples, so attention needs a mask of its own.
 
     ``trained``: the base weights themselves are trained (full), or only adapters and ``saved`` tables (LoRA).
-    ``rank`` 0 means no adapters; ``targets`` are the published names of the adapted matrices.
+    ``rank`` 0 means no adapters; ``targets`` are the published names of the adapted matrices; ``dropout`` is that of
+    their inputs and ``seed`` its seed.
     """
 
     config: QwenConfig
@@ -44,12 +48,18 @@ class Spec:
     rank: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
+    dropout: float = 0.0
+    seed: int = 0
     recompute: bool = False
     fused: FusedOps = field(default_factory=mindspore_ops)
 
     def adapts(self, name: str) -> bool:
         """Whether the matrix has an adapter; a target is the end of a name, ``c_proj`` meaning both of that name."""
         return self.rank > 0 and any(name == t or name.endswith("." + t) for t in self.targets)
+
+    def place(self, layer: int, name: str) -> Place | None:
+        """Where an adapted matrix is: its layer, and its number in it; None without an adapter."""
+        return (layer, MATRICES.index(name)) if self.adapts(name) else None
 
     @property
     def kind(self) -> Any:
@@ -75,7 +85,7 @@ class Linear(nn.Cell):
     """
 
     def __init__(
-        self, spec: Spec, n_in: int, n_out: int, bias: bool, ways: tuple[int, int], adapted: bool = False
+        self, spec: Spec, n_in: int, n_out: int, bias: bool, ways: tuple[int, int], place: Place | None = None
     ):
         super().__init__()
         rows, (ins, outs) = spec.layout.data, ways
@@ -85,33 +95,42 @@ class Linear(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True).shard(((rows, ins), (outs, ins)))
         self.add = ops.Add().shard(((rows, outs), (outs,)))
         self.cast = ops.Cast()
-        self.adapted = adapted
-        if adapted:
-            self.lora_A = Down(spec, n_in, ins)
+        self.adapted = place is not None
+        if place is not None:
+            self.lora_A = Down(spec, n_in, ins, place)
             self.lora_B = Up(spec, n_out, outs)
             self.join = ops.Add().shard(((rows, outs), (rows, outs)))
 
-    def construct(self, x: Tensor) -> Tensor:
+    def construct(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         y = self.matmul(x, self.cast(self.weight, self.kind))
         if self.bias is not None:
             y = self.add(y, self.cast(self.bias, self.kind))
         if self.adapted:
-            y = self.join(y, self.lora_B(self.lora_A(x)))
+            y = self.join(y, self.lora_B(self.lora_A(x, noise)))
         return y
 
 
 class Down(nn.Cell):
-    """x (T, n_in) -> A x (T, rank); A is float32 and trained."""
+    """x (T, n_in) -> A x (T, rank), of an x with dropout if there is any; A is float32 and trained."""
 
-    def __init__(self, spec: Spec, n_in: int, ins: int):
+    def __init__(self, spec: Spec, n_in: int, ins: int, place: Place):
         super().__init__()
+        rows = spec.layout.data
         self.kind = spec.kind
         self.weight = parameter(spec, "weight", (spec.rank, n_in), True, "float32")
-        self.matmul = ops.MatMul(transpose_b=True).shard(((spec.layout.data, ins), (1, ins)))
+        self.matmul = ops.MatMul(transpose_b=True).shard(((rows, ins), (1, ins)))
         self.cast = ops.Cast()
+        self.drops = spec.dropout > 0
+        if self.drops:
+            self.drop = Drop(n_in, place, spec.dropout, spec.seed, (rows, ins))
+            self.grow, self.cast_low = ops.Mul().shard(((rows, 1), (rows, 1))), ops.Cast().shard(((rows, 1),))
 
-    def construct(self, x: Tensor) -> Tensor:
-        return self.matmul(x, self.cast(self.weight, self.kind))
+    def construct(self, x: Tensor, noise: Tensor) -> Tensor:
+        weight = self.cast(self.weight, self.kind)
+        if not self.drops:
+            return self.matmul(x, weight)
+        x, growth = self.drop(x, noise)
+        return self.cast_low(self.grow(self.cast_low(self.matmul(x, weight), ms.float32), growth), self.kind)
 
 
 class Up(nn.Cell):
@@ -174,18 +193,18 @@ class Attention(nn.Cell):
     published matrix; there ``c_attn`` is three matrices, ``c_attn.q`` and so on (``parallel_names``).
     """
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, layer: int):
         super().__init__()
         config, rows, heads = spec.config, spec.layout.data, spec.layout.model
         hidden = config.hidden_size
         self.heads, self.dim, self.hidden = config.num_heads, config.head_dim, hidden
-        adapted = spec.adapts("attn.c_attn")
+        place = spec.place(layer, "attn.c_attn")
         self.bands = heads > 1
         self.c_attn = (
-            Bands(spec, adapted) if self.bands else Linear(spec, hidden, 3 * hidden, True, (1, 1), adapted)
+            Bands(spec, place) if self.bands else Linear(spec, hidden, 3 * hidden, True, (1, 1), place)
         )
         self.split = ops.Split(1, 3).shard(((rows, 1),))
-        self.c_proj = Linear(spec, hidden, hidden, False, (heads, 1), spec.adapts("attn.c_proj"))
+        self.c_proj = Linear(spec, hidden, hidden, False, (heads, 1), spec.place(layer, "attn.c_proj"))
         self.rotary = Rotary(spec)
         self.transpose = ops.Transpose().shard(((rows, 1, heads, 1),))
         self.merge = ops.Transpose().shard(((rows, heads, 1, 1),))
@@ -194,8 +213,8 @@ class Attention(nn.Cell):
         self.spread = ops.ExpandDims().shard(((rows, 1, 1),))
         self.triangle = Tensor(np.triu(np.ones((TRIANGLE, TRIANGLE), np.uint8), 1))
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        qkv = self.c_attn(x)
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+        qkv = self.c_attn(x, noise)
         q, k, v = qkv if self.bands else self.split(qkv)
         shape = (-1, cos.shape[1], self.heads, self.dim)
         cos, sin = self.spread(cos, 1), self.spread(sin, 1)
@@ -204,27 +223,27 @@ class Attention(nn.Cell):
         v = self.transpose(v.reshape(shape), (0, 2, 1, 3))
         unseen = self.spread(mask, 1) if self.packed else self.triangle
         out = self.flash(q, k, v, None, None, None, unseen, None, None, None)[3]  # (B, heads, S, d)
-        return self.c_proj(self.merge(out, (0, 2, 1, 3)).reshape((-1, self.hidden)))
+        return self.c_proj(self.merge(out, (0, 2, 1, 3)).reshape((-1, self.hidden)), noise)
 
 
 class Bands(nn.Cell):
     """q, k and v from three matrices, the rows (heads) of each divided over the devices; one A for all three."""
 
-    def __init__(self, spec: Spec, adapted: bool):
+    def __init__(self, spec: Spec, place: Place | None):
         super().__init__()
         hidden, rows, heads = spec.config.hidden_size, spec.layout.data, spec.layout.model
         self.q, self.k, self.v = (Linear(spec, hidden, hidden, True, (1, heads)) for _ in range(3))
-        self.adapted = adapted
-        if adapted:
-            self.lora_A = Down(spec, hidden, 1)
+        self.adapted = place is not None
+        if place is not None:
+            self.lora_A = Down(spec, hidden, 1, place)
             self.lora_B = UpBands(spec)
             self.join = ops.Add().shard(((rows, heads), (rows, heads)))
 
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.q(x), self.k(x), self.v(x)
         if not self.adapted:
             return q, k, v
-        dq, dk, dv = self.lora_B(self.lora_A(x))
+        dq, dk, dv = self.lora_B(self.lora_A(x, noise))
         return self.join(q, dq), self.join(k, dk), self.join(v, dv)
 
 
@@ -243,13 +262,13 @@ class MLP(nn.Cell):
     """c_proj(w1(x) * silu(w2(x))). On one device w1 and w2 go through the fused Swiglu; it wants both in one tensor,
     halves side by side, which shards cannot have, so with model_parallel SiLU and a product stand in its place."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, layer: int):
         super().__init__()
         hidden, width = spec.config.hidden_size, spec.config.mlp_width
         rows, ways = spec.layout.data, spec.layout.model
-        self.w1 = Linear(spec, hidden, width, False, (1, ways), spec.adapts("mlp.w1"))
-        self.w2 = Linear(spec, hidden, width, False, (1, ways), spec.adapts("mlp.w2"))
-        self.c_proj = Linear(spec, width, hidden, False, (ways, 1), spec.adapts("mlp.c_proj"))
+        self.w1 = Linear(spec, hidden, width, False, (1, ways), spec.place(layer, "mlp.w1"))
+        self.w2 = Linear(spec, hidden, width, False, (1, ways), spec.place(layer, "mlp.w2"))
+        self.c_proj = Linear(spec, width, hidden, False, (ways, 1), spec.place(layer, "mlp.c_proj"))
         self.whole = ways == 1
         self.cat = ops.Concat(-1).shard(((rows, 1), (rows, 1)))
         self.swiglu = spec.fused.Swiglu()
@@ -257,26 +276,26 @@ class MLP(nn.Cell):
         self.silu = SiLU().shard(((rows, ways),))
         self.times = ops.Mul().shard(((rows, ways), (rows, ways)))
 
-    def construct(self, x: Tensor) -> Tensor:
-        up, gate = self.w1(x), self.w2(x)
+    def construct(self, x: Tensor, noise: Tensor) -> Tensor:
+        up, gate = self.w1(x, noise), self.w2(x, noise)
         if self.whole:
-            return self.c_proj(self.swiglu(self.cat((gate, up)), -1))
-        return self.c_proj(self.times(up, self.silu(gate)))
+            return self.c_proj(self.swiglu(self.cat((gate, up)), -1), noise)
+        return self.c_proj(self.times(up, self.silu(gate)), noise)
 
 
 class Layer(nn.Cell):
-    """Pre-norm residual block over (T, hidden)."""
+    """Pre-norm residual block over (T, hidden); ``layer`` is its number."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: Spec, layer: int):
         super().__init__()
         whole = (spec.layout.data, 1)
-        self.ln_1, self.attn = RMSNorm(spec), Attention(spec)
-        self.ln_2, self.mlp = RMSNorm(spec), MLP(spec)
+        self.ln_1, self.attn = RMSNorm(spec), Attention(spec, layer)
+        self.ln_2, self.mlp = RMSNorm(spec), MLP(spec, layer)
         self.add = ops.Add().shard((whole, whole))
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        x = self.add(x, self.attn(self.ln_1(x), cos, sin, mask))
-        return self.add(x, self.mlp(self.ln_2(x)))
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+        x = self.add(x, self.attn(self.ln_1(x), cos, sin, mask, noise))
+        return self.add(x, self.mlp(self.ln_2(x), noise))
 
 
 def flash(spec: Spec) -> Any:

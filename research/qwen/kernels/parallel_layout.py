@@ -40,11 +40,11 @@ class ParallelLayout:
         return self.data * self.model * self.stages
 
     def settings(self) -> dict[str, Any]:
-        """MindSpore's ``set_auto_parallel_context`` for the step graph, whose six inputs a device gets its rows of."""
+        """MindSpore's ``set_auto_parallel_context`` for the step graph; of its seven inputs a device gets its rows."""
         rows = self.data
         found: dict[str, Any] = {
             "parallel_mode": "semi_auto_parallel",
-            "dataset_strategy": ((rows,), (rows,), (rows,), (rows, 1, 1), (rows, 1, 1), (rows, 1, 1)),
+            "dataset_strategy": (*[(rows,)] * 3, *[(rows, 1, 1)] * 3, (rows, 1)),
             "pipeline_stages": self.stages,
             "gradients_mean": False,
         }

@@ -21,6 +21,7 @@ from research.qwen.errors import TrainingError
 from research.qwen.kernels.ascend_cells import converted
 from research.qwen.kernels.ascend_train_graph import StepGraph, model_for
 from research.qwen.kernels.ascend_training import Spec
+from research.qwen.kernels.dropout_words import quiet_words, token_words
 from research.qwen.kernels.parallel_layout import bands, published_name
 from research.qwen.model.ascend_shards import Shards
 from research.qwen.model.stepping import FIRST, SECOND, Alone, Exchange, StepResult, loss_scale
@@ -148,7 +149,7 @@ class AscendTrainStep:
         self._rows = max(self._rows, sum(len(batch.ids) for batch in micro))
         self._rows += -self._rows % layout.micro_batches
         arrays = step_arrays(micro, self.config, self.length, scaled / total, self.spec.packed, self._rows)
-        inputs = [Tensor.from_numpy(array) for array in arrays]
+        inputs = [*map(Tensor.from_numpy, arrays), self._noise(len(arrays[0]))]
         self._divide(inputs)
         self.graph.numbers.set_data(Tensor(np.array(numbers, np.float32)))
         loss, norm, _ = self.graph.compile_and_run(*inputs)
@@ -173,7 +174,8 @@ class AscendTrainStep:
         if not count:
             return 0.0, 0
         arrays = step_arrays([batch], self.config, self.length, 1.0, self.spec.packed)
-        loss = self.model.compile_and_run(*map(Tensor.from_numpy, arrays))
+        quiet = Tensor.from_numpy(quiet_words(len(arrays[0])))
+        loss = self.model.compile_and_run(*map(Tensor.from_numpy, arrays), quiet)
         return float(loss.asnumpy()), count
 
     def trainable(self) -> dict[str, Array]:
@@ -205,6 +207,14 @@ class AscendTrainStep:
                 self._set(parameter, state)
         self._steps, self._updates = int(state["step"]), int(state["updates"])
         self.scale.value, self.scale.good = float(state["loss_scale"]), int(state["loss_scale_good"])
+
+    def _noise(self, tokens: int) -> Tensor:
+        """The words of dropout of this step's tokens: those of a copy of the model, whichever devices share it."""
+        spec = self.spec
+        if not spec.dropout:
+            return Tensor.from_numpy(quiet_words(tokens))
+        copy = spec.layout.data_rank(self._exchange.rank)
+        return Tensor.from_numpy(token_words(spec.seed, self._steps, copy, tokens, spec.dropout))
 
     def _divide(self, inputs: Sequence[Tensor]) -> None:
         """Compile for several devices, and give each parameter of this stage its part."""

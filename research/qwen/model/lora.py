@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from research.qwen.config import QwenConfig
 from research.qwen.errors import TrainingError
+from research.qwen.kernels.dropout_words import CHANCES, chances
 from research.qwen.model.training_specs import MATRICES, MethodSpec
 from research.qwen.weights.quantised import matrices
 
@@ -51,7 +52,10 @@ def first_values(config: QwenConfig, method: MethodSpec, seed: int) -> dict[str,
 
 
 class Dropout:
-    """Which inputs each adapter sees in one pass; the same for the same (seed, step, micro batch, module)."""
+    """Which inputs each adapter sees in one pass; the same for the same (seed, step, micro batch, module).
+
+    On Ascend masks are made in the graph, by another rule: ``kernels.dropout_words``.
+    """
 
     def __init__(self, rate: float, seed: int) -> None:
         self.rate, self._seed = rate, seed
@@ -59,11 +63,11 @@ class Dropout:
     @property
     def keep(self) -> float:
         """Probability that an input stays, a multiple of 1 / 65536."""
-        return self._limit / 65536.0
+        return self._limit / CHANCES
 
     @property
     def _limit(self) -> int:
-        return min(65536, max(1, round((1.0 - self.rate) * 65536.0)))
+        return chances(self.rate)
 
     def kept(
         self, step: int, micro: int, layer: int, matrix: str, shape: tuple[int, int]
@@ -74,6 +78,6 @@ class Dropout:
         pieces: NDArray[np.uint16] = bits.random_raw(-(-count // 4)).view(np.uint16)[:count]
         return (
             (pieces < np.uint16(self._limit)).reshape(shape)
-            if self._limit < 65536
+            if self._limit < CHANCES
             else np.ones(shape, np.bool_)
         )

@@ -5,7 +5,6 @@ Not run on an NPU by this project; docs/finetune.md says what is checked.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +23,6 @@ from research.qwen.model.training_specs import MODULES, MethodSpec, OptimizerSpe
 from research.qwen.model.training_weights import TrainingWeights
 
 DTYPES = ("float16", "bfloat16")
-_log = logging.getLogger(__name__)
 
 
 class _Wide(Mapping[str, NDArray[np.float32]]):
@@ -68,11 +66,13 @@ def open_ascend(
     layout: ParallelLayout | None = None,
     packed: bool = False,
     length: int | None = None,
+    seed: int = 0,
     fused: FusedOps | None = None,
 ) -> AscendTrainStep:
     """The step graph of a method on the loaded weights; for ``layout``, ``packed`` and ``length`` see there.
 
-    ``fused``: other operators in place of MindSpore's (tests). Raises ConfigError for what Ascend's graph has not.
+    ``seed``: of dropout. ``fused``: other operators in place of MindSpore's (tests). Raises ConfigError for what
+    Ascend's graph has not.
     """
     allowed = DTYPES if fused is None else (*DTYPES, "float32")
     if compute_dtype not in allowed:
@@ -84,8 +84,6 @@ def open_ascend(
     saved = tuple(name for name in MODULES if MODULES[name] in method.whole())
     if "ln_f" in saved:
         raise ConfigError("modules_to_save on ascend are wte and lm_head")
-    if method.kind != "full" and method.dropout:
-        _log.warning("ascend: the step graph has no dropout, lora_dropout %g is taken as 0", method.dropout)
     full, layout = method.kind == "full", layout or ParallelLayout()
     if layout.devices > 1:
         ms.set_auto_parallel_context(**layout.settings())
@@ -101,6 +99,8 @@ def open_ascend(
         rank=0 if full else method.rank,
         alpha=method.alpha,
         targets=method.matrices(),
+        dropout=0.0 if full else method.dropout,
+        seed=seed,
         recompute=recompute,
         fused=fused or mindspore_ops(),
     )

@@ -46,7 +46,7 @@ def open_training(
         select_device()
         found = training_weights(Path(checkpoint), config, method, backend, seed)
         return open_ascend(
-            found, method, optimizer, compute_dtype, recompute, exchange, layout, packed, length
+            found, method, optimizer, compute_dtype, recompute, exchange, layout, packed, length, seed
         )
     if backend not in BACKENDS:
         raise KernelError(
