@@ -32,6 +32,7 @@ class Terminal:
     """A command in a pseudo-terminal."""
 
     def __init__(self, *argv: str):
+        self.unread = ""
         self.fd, theirs = pty.openpty()
         try:
             self.process = subprocess.Popen(
@@ -49,18 +50,18 @@ class Terminal:
         os.write(self.fd, data)
 
     def until(self, text: str, seconds: float = 120) -> str:
-        """What is printed up to and including ``text``."""
-        shown, end = "", time.monotonic() + seconds
-        while text not in shown:
-            assert time.monotonic() < end, f"{text!r} did not come; shown: {shown[-500:]!r}"
+        """What is printed up to and including ``text``; what came with it but after it is the next call's."""
+        end = time.monotonic() + seconds
+        while text not in self.unread:
+            assert time.monotonic() < end, f"{text!r} did not come; shown: {self.unread[-500:]!r}"
             if select.select([self.fd], [], [], 0.2)[0]:
                 try:
-                    shown += os.read(self.fd, 4096).decode(errors="replace")
+                    self.unread += os.read(self.fd, 4096).decode(errors="replace")
                 except OSError:  # nobody holds the other end any more
-                    raise AssertionError(
-                        f"the command left before {text!r}; shown: {shown[-500:]!r}"
-                    ) from None
-        return shown
+                    shown = self.unread[-500:]
+                    raise AssertionError(f"the command left before {text!r}; shown: {shown!r}") from None
+        shown, self.unread = self.unread.split(text, 1)
+        return shown + text
 
     def exit_code(self) -> int:
         return self.process.wait(60)
