@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import threading
 from pathlib import Path
@@ -20,21 +21,35 @@ from tests.train.fake_training import FakeBatches, FakeStep, Quiet, curve, optio
 
 
 class Meeting:
-    """Sums over two threads; a thread that fails leaves the other with an error, not waiting."""
+    """Sums over two threads; a thread that fails leaves the other with an error, not waiting.
+
+    Not a threading.Barrier: one that is aborted fails also those it has let go already, if they have not run since.
+    """
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2)
-        self.parts: dict[int, NDArray[np.float64]] = {}
+        self.change = threading.Condition()
+        self.rounds: dict[int, dict[int, NDArray[np.float64]]] = {}
+        self.aborted = False
 
     def ranks(self, rank: int) -> Ranks:
+        numbers = itertools.count()
+
         def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-            self.parts[rank] = values
-            self.barrier.wait(20)
-            whole = self.parts[0] + self.parts[1]
-            self.barrier.wait(20)
-            return whole
+            with self.change:
+                parts = self.rounds.setdefault(next(numbers), {})
+                parts[rank] = values
+                self.change.notify_all()
+                self.change.wait_for(lambda: len(parts) == 2 or self.aborted, 20)
+            if len(parts) < 2:
+                raise threading.BrokenBarrierError
+            return parts[0] + parts[1]
 
         return Ranks(rank, 2, total)
+
+    def abort(self) -> None:
+        with self.change:
+            self.aborted = True
+            self.change.notify_all()
 
 
 class Rank:
@@ -62,7 +77,7 @@ class Rank:
             )
         except (QwenError, threading.BrokenBarrierError) as error:
             self.error = error
-            meeting.barrier.abort()
+            meeting.abort()
 
 
 @pytest.fixture(autouse=True)
