@@ -33,7 +33,7 @@ def rows(lengths: list[int], device: str, alone: bool) -> list[list[str]]:
     out = []
     for slug, size in SIZES.items():
         for method, shown in METHODS.items():
-            if method == "qlora" and device == "ascend":  # refused there
+            if method == "qlora" and device == "ascend":  # one device only
                 continue
             file = read_recipe(ROOT / "configs" / "finetune" / f"qwen_{slug}_{method}.yaml")
             recipe = build(file.given)

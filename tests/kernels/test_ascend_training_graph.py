@@ -13,6 +13,7 @@ import pytest
 from research.qwen.errors import ConfigError
 from research.qwen.kernels.ascend_train_graph import StepGraph, TrainingModel
 from research.qwen.kernels.ascend_training import Spec
+from research.qwen.kernels.packing import packing
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from tests.kernels.ascend_frontend import front_end_only, operators
 from tests.kernels.parallel_graphs import CASES, LAYERS, TINY, inputs
@@ -52,6 +53,33 @@ class TestOneDevice:
         # With frozen weights nothing is to be known in front of the first adapter.
         assert found["RmsNormGrad"] == 2 * LAYERS + 1 - (not settings.get("trained", True))
         assert len(graph.weights) == (MATRICES + VECTORS if settings.get("trained", True) else 4 * LAYERS)
+
+    @pytest.mark.parametrize("compute", ["float16", "bfloat16"])
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_quantised_matrices_are_widened_in_each_pass(self, compute, recompute):
+        """And not kept in between, which would cost the memory that packing saves."""
+        names = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+        formats = {
+            f"transformer.h.0.{name}": packing(text)
+            for name, text in zip(
+                names, ("int4", "int4-g64-asym-order", "int4", "int4-order", "int4"), strict=True
+            )
+        }
+        spec = Spec(
+            dataclasses.replace(TINY, num_layers=2),
+            compute=compute,
+            recompute=recompute,
+            stored=compute,
+            trained=False,
+            rank=4,
+            targets=("attn.c_attn", "mlp.w1"),
+            formats={name.replace("h.0", f"h.{i}"): one for name, one in formats.items() for i in range(2)},
+        )
+        model = TrainingModel(spec)
+        graph = StepGraph(model, spec, (0.1,) * len(model.trainable_params()), 1.0)
+        found = operators(graph, *inputs())
+        # In front of the first layer's adapters nothing is to be known, but a layer is computed again as a whole.
+        assert found["Floor"] == 2 * 10 - (not recompute)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research.qwen.errors import ConfigError, KernelError
+from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.model.open_ascend import open_ascend
 from research.qwen.model.open_training import open_training
 from research.qwen.model.training import TrainingModel
@@ -32,10 +33,9 @@ def loaded(method, folder=None):
     return weights
 
 
-def opened(method, folder=None, dtype="float32"):
-    return open_ascend(
-        loaded(method, folder), method, OptimizerSpec(), dtype, fused=train_standins("float32")
-    )
+def opened(method, folder=None, dtype="float32", recompute=False):
+    fused = train_standins("float32")
+    return open_ascend(loaded(method, folder), method, OptimizerSpec(), dtype, recompute, fused=fused)
 
 
 def test_the_weights_arrive_frozen_and_trained():
@@ -59,7 +59,6 @@ def test_without_a_device_it_says_why():
 @pytest.mark.parametrize(
     ("changes", "dtype", "message"),
     [
-        ({"kind": "qlora"}, "float16", "quantised weights"),
         ({"modules_to_save": ("ln_f",)}, "float16", "wte and lm_head"),
         ({}, "int8", "float16 or bfloat16"),
     ],
@@ -69,6 +68,34 @@ def test_what_its_graph_has_not(changes, dtype, message):
         opened(dataclasses.replace(LORA, **changes), dtype=dtype)
 
 
-def test_quantised_checkpoints_are_refused():
-    with pytest.raises(ConfigError, match="quantised weights"):
-        opened(LORA, gptq_folder("int4"), "float16")
+@pytest.mark.parametrize("case", ["int8", "int4", "gptq int4_desc_act", "gptq int4_asym_g64"])
+def test_steps_beside_quantised_matrices(case):
+    """Q-LoRA as on the CPU: losses, norms and adapters of two steps; matrices stay packed, and are widened twice."""
+    gptq = case.startswith("gptq ")
+    folder = gptq_folder(case.removeprefix("gptq ")) if gptq else None
+    base = "as stored" if gptq else case
+    method = MethodSpec("qlora", 4, 8.0, 0.0, ("attn.c_proj", "w1"), base=base)
+    plain = open_training(folder or model_folder("st_new_bf16"), method=method)
+    for name, value in plain.trainable().items():
+        if name.endswith("lora_B.weight"):
+            value[:] = np.random.default_rng(1).normal(0, 0.05, value.shape)
+    step = opened(method, folder, recompute=gptq)
+    batch = rows_of(texts((9, 14), plain.config.vocab_size))
+    for _ in range(2):
+        result, other = step.step([batch], 1e-2), plain.step([batch], 1e-2)
+        assert abs(result.loss - other.loss) < 1e-4 and abs(result.grad_norm / other.grad_norm - 1) < 1e-4
+    for name, value in step.trainable().items():
+        assert np.abs(value - plain.trainable()[name]).max() < 2e-4, name
+    kept = {p.name: p for p in step.model.get_parameters()}
+    for name, stored in plain.model.frozen.items():
+        if stored.packing is not None:
+            assert kept[name].asnumpy().dtype == np.int8
+            filled = stored.k + 128  # rows are filled up to whole groups
+            assert kept[name].size * 8 <= stored.n * filled * stored.packing.scheme.bits
+
+
+def test_quantised_matrices_are_for_one_device():
+    method = MethodSpec("qlora", 4, 8.0, 0.0, ("w1",), base="int4")
+    weights = loaded(method)
+    with pytest.raises(ConfigError, match="one Ascend device only"):
+        open_ascend(weights, method, OptimizerSpec(), "float16", layout=ParallelLayout(data=2))

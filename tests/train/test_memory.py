@@ -124,9 +124,9 @@ def test_quantised_base() -> None:
         for dtype in ("int4", "int8", "as stored")
     )
     layers = 32 * LAYERS_7B
-    assert plain - eight == pytest.approx(layers, rel=0.01) and eight - four == pytest.approx(
-        layers / 2, rel=0.04
-    )
+    scales = 4 * layers / 128  # float32 in the Ascend graph
+    assert plain - eight == pytest.approx(layers, rel=0.01)
+    assert eight - four == pytest.approx(layers / 2 - scales, rel=0.01)
 
 
 LAYERS_7B = 4 * 4096 * 4096 + 3 * 4096 * 11008

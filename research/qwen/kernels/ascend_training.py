@@ -10,6 +10,7 @@ by all layers, so a pipeline sends nothing but hidden states from stage to stage
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from mindspore.ops.auto_generate import SiLU
 from research.qwen.config import QwenConfig
 from research.qwen.kernels.ascend_dropout import Drop
 from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
+from research.qwen.kernels.ascend_packed import Base, Product
+from research.qwen.kernels.packing import Packing
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.kernels.training import MATRICES
 
@@ -35,7 +38,7 @@ class Spec:
 
     ``trained``: the base weights themselves are trained (full), or only adapters and ``saved`` tables (LoRA).
     ``rank`` 0 means no adapters; ``targets`` are the published names of the adapted matrices; ``dropout`` is that of
-    their inputs and ``seed`` its seed.
+    their inputs and ``seed`` its seed. ``formats``: of quantised matrices, such as transformer.h.0.mlp.w1 (one device).
     """
 
     config: QwenConfig
@@ -50,6 +53,7 @@ class Spec:
     targets: tuple[str, ...] = ()
     dropout: float = 0.0
     seed: int = 0
+    formats: Mapping[str, Packing] = field(default_factory=dict)
     recompute: bool = False
     fused: FusedOps = field(default_factory=mindspore_ops)
 
@@ -85,12 +89,26 @@ class Linear(nn.Cell):
     """
 
     def __init__(
-        self, spec: Spec, n_in: int, n_out: int, bias: bool, ways: tuple[int, int], place: Place | None = None
+        self,
+        spec: Spec,
+        n_in: int,
+        n_out: int,
+        bias: bool,
+        ways: tuple[int, int],
+        place: Place | None = None,
+        packing: Packing | None = None,
     ):
         super().__init__()
         rows, (ins, outs) = spec.layout.data, ways
         self.kind = spec.kind
-        self.weight = parameter(spec, "weight", (n_out, n_in), spec.trained)
+        self.packs = packing is not None
+        if packing is None:
+            self.weight = parameter(spec, "weight", (n_out, n_in), spec.trained)
+        else:
+            base = Base(packing, n_out, n_in)
+            for name, (shape, kind) in base.shapes.items():
+                setattr(self, name, parameter(spec, name, shape, False, kind))
+            self.product = Product(base, spec.kind, spec.recompute)
         self.bias = parameter(spec, "bias", (n_out,), spec.trained) if bias else None
         self.matmul = ops.MatMul(transpose_b=True).shard(((rows, ins), (outs, ins)))
         self.add = ops.Add().shard(((rows, outs), (outs,)))
@@ -102,12 +120,23 @@ class Linear(nn.Cell):
             self.join = ops.Add().shard(((rows, outs), (rows, outs)))
 
     def construct(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        y = self.matmul(x, self.cast(self.weight, self.kind))
+        if self.packs:
+            y = self.product(x, self.weight, self.scales, self.offsets, self.inverse)
+        else:
+            y = self.matmul(x, self.cast(self.weight, self.kind))
         if self.bias is not None:
             y = self.add(y, self.cast(self.bias, self.kind))
         if self.adapted:
             y = self.join(y, self.lora_B(self.lora_A(x, noise)))
         return y
+
+
+def linear(
+    spec: Spec, layer: int, name: str, sizes: tuple[int, int], ways: tuple[int, int], bias: bool = False
+) -> Linear:
+    """A matrix of a layer by its published name: ``sizes`` (n_in, n_out), adapter and format as the Spec says."""
+    packing = spec.formats.get(f"transformer.h.{layer}.{name}")
+    return Linear(spec, *sizes, bias, ways, spec.place(layer, name), packing)
 
 
 class Down(nn.Cell):
@@ -198,13 +227,14 @@ class Attention(nn.Cell):
         config, rows, heads = spec.config, spec.layout.data, spec.layout.model
         hidden = config.hidden_size
         self.heads, self.dim, self.hidden = config.num_heads, config.head_dim, hidden
-        place = spec.place(layer, "attn.c_attn")
         self.bands = heads > 1
         self.c_attn = (
-            Bands(spec, place) if self.bands else Linear(spec, hidden, 3 * hidden, True, (1, 1), place)
+            Bands(spec, spec.place(layer, "attn.c_attn"))
+            if self.bands
+            else linear(spec, layer, "attn.c_attn", (hidden, 3 * hidden), (1, 1), True)
         )
         self.split = ops.Split(1, 3).shard(((rows, 1),))
-        self.c_proj = Linear(spec, hidden, hidden, False, (heads, 1), spec.place(layer, "attn.c_proj"))
+        self.c_proj = linear(spec, layer, "attn.c_proj", (hidden, hidden), (heads, 1))
         self.rotary = Rotary(spec)
         self.transpose = ops.Transpose().shard(((rows, 1, heads, 1),))
         self.merge = ops.Transpose().shard(((rows, heads, 1, 1),))
@@ -266,9 +296,9 @@ class MLP(nn.Cell):
         super().__init__()
         hidden, width = spec.config.hidden_size, spec.config.mlp_width
         rows, ways = spec.layout.data, spec.layout.model
-        self.w1 = Linear(spec, hidden, width, False, (1, ways), spec.place(layer, "mlp.w1"))
-        self.w2 = Linear(spec, hidden, width, False, (1, ways), spec.place(layer, "mlp.w2"))
-        self.c_proj = Linear(spec, width, hidden, False, (ways, 1), spec.place(layer, "mlp.c_proj"))
+        self.w1 = linear(spec, layer, "mlp.w1", (hidden, width), (1, ways))
+        self.w2 = linear(spec, layer, "mlp.w2", (hidden, width), (1, ways))
+        self.c_proj = linear(spec, layer, "mlp.c_proj", (width, hidden), (ways, 1))
         self.whole = ways == 1
         self.cat = ops.Concat(-1).shard(((rows, 1), (rows, 1)))
         self.swiglu = spec.fused.Swiglu()

@@ -261,12 +261,14 @@ def _part(name: str, arrays: Mapping[str, NDArray[Any]], shape: tuple[int, ...] 
     published, band = published_name(name.removeprefix(prefix))
     if shape and prefix + published not in arrays:
         return np.zeros(shape, np.float32)
-    value = np.asarray(arrays[prefix + published], np.float32)
+    value = np.asarray(arrays[prefix + published])
+    value = value if value.dtype.kind == "i" else value.astype(np.float32, copy=False)
     return value if band is None else bands(value)[band]
 
 
 def _fill(parameter: Parameter, value: Array) -> None:
     """Set a parameter in its own dtype, in memory of its own: steps write into it."""
     kind = str(parameter.dtype).lower()
-    converted_value = np.array(value) if kind == "float32" else converted(value, "float32", kind)
+    own = kind == "float32" or value.dtype.kind == "i"
+    converted_value = np.array(value) if own else converted(value, "float32", kind)
     parameter.set_data(Tensor.from_numpy(converted_value), slice_shape=True)

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from numpy.typing import NDArray
 
 from research.qwen.errors import ConfigError, KernelError
 from research.qwen.kernels.ascend_ops import FusedOps, mindspore_ops
+from research.qwen.kernels.ascend_packed import Base
 from research.qwen.kernels.ascend_training import Spec
 from research.qwen.kernels.devices import ascend_problem
+from research.qwen.kernels.packing import Packing
 from research.qwen.kernels.parallel_layout import ParallelLayout
 from research.qwen.model.ascend_train_step import AscendTrainStep
 from research.qwen.model.parallel import started_by_msrun
@@ -25,24 +26,45 @@ from research.qwen.model.training_weights import TrainingWeights
 DTYPES = ("float16", "bfloat16")
 
 
-class _Wide(Mapping[str, NDArray[np.float32]]):
-    """All weights in float32, those that are stored otherwise widened as they are asked for."""
+class _Loaded(Mapping[str, NDArray[Any]]):
+    """All weights as the graph takes them, made as they are asked for: float32, or the parts of a quantised matrix."""
 
-    def __init__(self, weights: TrainingWeights) -> None:
-        self._weights = weights
-        self._frozen = dict(weights.frozen.items())
+    def __init__(self, weights: TrainingWeights, formats: Mapping[str, Packing]) -> None:
+        self._weights, self._frozen = weights, dict(weights.frozen.items())
+        self._parts = {
+            f"{matrix}.{part}": (matrix, part)
+            for matrix, found in formats.items()
+            for part in Base(found, 2, 2).shapes
+        }
+        self._last: tuple[str, dict[str, NDArray[Any]]] = "", {}
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
+    def __getitem__(self, name: str) -> NDArray[Any]:
         if name in self._weights.arrays:
             return self._weights.arrays[name]
-        return self._frozen[name].wide()
+        if name not in self._parts:
+            return self._frozen[name].wide()
+        matrix, part = self._parts[name]
+        if self._last[0] != matrix:  # the parts of a matrix are asked for one after the other
+            stored = self._frozen[f"{matrix}.weight"]
+            if stored.packing is None:
+                raise KeyError(name)
+            self._last = matrix, Base(stored.packing, stored.n, stored.k).arrays(stored.arrays)
+        return self._last[1][part]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._weights.arrays
-        yield from self._frozen
+        yield from {**self._weights.arrays, **self._frozen, **self._parts}
 
     def __len__(self) -> int:
-        return len(self._weights.arrays) + len(self._frozen)
+        return len({**self._weights.arrays, **self._frozen, **self._parts})
+
+
+def _formats(weights: TrainingWeights) -> dict[str, Packing]:
+    """Formats of the quantised matrices of the layers; a quantised embedding is widened."""
+    return {
+        name.removesuffix(".weight"): stored.packing
+        for name, stored in weights.frozen.items()
+        if stored.packing is not None and name.startswith("transformer.h.")
+    }
 
 
 def select_device() -> None:
@@ -77,9 +99,10 @@ def open_ascend(
     allowed = DTYPES if fused is None else (*DTYPES, "float32")
     if compute_dtype not in allowed:
         raise ConfigError(f"training on ascend computes in {' or '.join(DTYPES)}, not {compute_dtype!r}")
-    if method.kind == "qlora" or any(stored.packing for _, stored in weights.frozen.items()):
+    formats = _formats(weights)
+    if formats and layout is not None and layout.devices > 1:
         raise ConfigError(
-            "quantised weights are not trained beside on ascend; use method lora and plain weights"
+            "quantised weights are trained beside on one Ascend device only; use method lora and plain weights"
         )
     saved = tuple(name for name in MODULES if MODULES[name] in method.whole())
     if "ln_f" in saved:
@@ -101,7 +124,8 @@ def open_ascend(
         targets=method.matrices(),
         dropout=0.0 if full else method.dropout,
         seed=seed,
+        formats=formats,
         recompute=recompute,
         fused=fused or mindspore_ops(),
     )
-    return AscendTrainStep(spec, optimizer, _Wide(weights), length, exchange)
+    return AscendTrainStep(spec, optimizer, _Loaded(weights, formats), length, exchange)

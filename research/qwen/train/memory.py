@@ -4,11 +4,12 @@ Counted in bytes per device, the largest of its devices where a model is split. 
 the MLP, L layers, V rows of the vocabulary, T = batch_size x max_length tokens of a micro batch:
 
     weights       trained ones float32; frozen ones as stored (cpu: one layer at a time and lm_head also in float32), on
-                  ascend in the computing dtype, or float32 beside modules_to_save, and the layer at work once more
+                  ascend quantised (scales float32), in the computing dtype, or float32 beside modules_to_save, and the
+                  layer at work once more
     gradients     float32, of what is trained
     optimizer     AdamW's two averages, float32, of what is trained
     activations   what each layer keeps for its backward pass (with recompute: H per token), on ascend for all micro
-                  batches of a step; and the layer at work
+                  batches of a step; and the layer at work, with a quantised matrix twice in float32
     logits        a chunk of rows at a time, V values each, on ascend with their gradients
     runtime       the interpreter, MindSpore and its compiled graphs
 
@@ -158,13 +159,16 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
         learned += (table - table // parts) * whole
         frozen += width * (table - table // parts) * (not whole)
     learned //= recipe.data_parallel if recipe.optimizer_parallel else 1
-    if device == "ascend":  # the layer at work in the computing dtype
+    activations = _activations(config, recipe, device, width, layers)
+    if device == "ascend":  # the layer at work in the computing dtype, and a quantised matrix being widened
+        if recipe.base_dtype != AS_STORED or stored not in BYTES:
+            activations += 8 * max(prod(shape) for shape in matrices(config).values())
         frozen += width * sum(prod(shape) for shape in matrices(config).values()) // parts
     return Estimate(
         weights=frozen + 4 * learned,
         gradients=4 * learned,
         optimizer=8 * learned,
-        activations=_activations(config, recipe, device, width, layers),
+        activations=activations,
         logits=_logits(config, recipe, device, width),
         runtime=RUNTIME[device],
         parameters=parameters(config),
@@ -175,10 +179,14 @@ def estimate(config: QwenConfig, recipe: Recipe, device: str = "cpu", stored: st
 def _frozen(config: QwenConfig, recipe: Recipe, device: str, stored: str, layers: int, ends: int) -> int:
     """Bytes of the weights that are not trained: all but modules_to_save."""
     plain = stored
-    if device == "ascend":
+    if device == "ascend" and stored in BYTES:
         plain = "float32" if recipe.modules_to_save else recipe.compute_dtype
     fmt = plain if recipe.base_dtype == AS_STORED else recipe.base_dtype
     layer = sum(matrix_bytes(fmt, *shape) for shape in matrices(config).values()) + 4 * vectors(config)
+    if device == "ascend" and fmt not in BYTES:  # there scales and offsets are float32
+        scheme = Scheme.parse(fmt)
+        more = 2 * (scheme.group > 0) + 3 * scheme.zeros
+        layer += more * sum(n * scheme.groups(k) for n, k in matrices(config).values())
     tables = [name for name in ("lm_head", "wte") if name not in recipe.modules_to_save][:ends]
     float_fmt = plain if plain in BYTES else "float16"
     table = config.vocab_size * config.hidden_size

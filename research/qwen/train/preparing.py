@@ -153,10 +153,10 @@ def check_method(recipe: Recipe, source: Source) -> None:
 
 def check_device(recipe: Recipe, device: str, quantised: bool) -> None:
     """ConfigError for what a device cannot do."""
-    if device == "ascend" and (recipe.method == "qlora" or quantised):
+    if device == "ascend" and (recipe.method == "qlora" or quantised) and recipe.world > 1:
         raise ConfigError(
-            "quantised weights are not trained beside on ascend in this version: use method lora on the original "
-            "checkpoint, or device CPU"
+            "quantised weights are trained beside on one Ascend device only: set every number in parallel_config to 1, "
+            "or use method lora on the original checkpoint"
         )
     if device == "ascend" and recipe.compute_dtype == "float32":
         raise ConfigError("on ascend training computes in float16 (910A) or bfloat16 (910B), not float32")
