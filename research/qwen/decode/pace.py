@@ -9,8 +9,9 @@ SMALLEST, LARGEST = 8, 256
 ROWS = 16  # kernels compute rows in groups of as many: a group that is not full costs nearly what a full one does
 REST = 8  # reading steps between two that only decode
 _GROWTH = 1.5  # of the budget, from one step to the next
-# What the smallest budget may cost more, where it is too dear anyway and little of that is for the tokens.
+# Of the cost of the smallest budget, where it is too dear anyway and little of that is for its tokens.
 _DEARER = 1.25
+_FURTHEST, _SURE = 2.75, 3  # plain steps that a step may take by the last steps alone, and how many these are
 _PLAIN_STEPS, _READING_STEPS = 5, 12  # kept; medians of them do not heed one that was disturbed
 
 
@@ -23,8 +24,8 @@ class Pace:
     as many tokens as cost hardly more.
 
     - Every ninth step reads nothing: when something else begins to use the machine all steps get longer, and a stale
-      idea of a plain step would let a prompt crawl. The step after it reads half of the budget, or where that is too
-      little half as much again, so that the line has two points.
+      idea of a plain step would let a prompt crawl. The step after it reads half of the budget, so that the line has
+      two points.
     - What lies in the cache before a prompt counts, too: so a prompt that comes after plain steps begins with ``start``
       tokens, and the budget grows slowly.
     """
@@ -32,9 +33,8 @@ class Pace:
     def __init__(self, stretch: float, start: int = 16):
         self.stretch, self.start, self.budget = stretch, start, start
         self._plain: dict[int, deque[float]] = {}  # sequences that decode -> seconds of plain steps
-        self._read: deque[tuple[int, float]] = deque(
-            maxlen=_READING_STEPS
-        )  # tokens, seconds beyond a plain step
+        # Tokens, and seconds beyond a plain step.
+        self._read: deque[tuple[int, float]] = deque(maxlen=_READING_STEPS)
         self._steps, self._resting = 0, False
 
     def note(self, decoding: int, reading: int, seconds: float) -> int:
@@ -54,7 +54,7 @@ class Pace:
             self._resting = False
         if self._resting:
             return 0
-        return self._other(decoding) if probe else self.budget
+        return _whole_groups(decoding, self.budget // 2) if probe else self.budget
 
     def _take(self, decoding: int, reading: int, seconds: float) -> None:
         plain = self._expected(decoding)
@@ -63,12 +63,10 @@ class Pace:
         self._read.append((reading, max(seconds - plain, 0.0)))
         most = max(_GROWTH * self.budget, self.budget + ROWS)
         wanted = _tokens_for((self.stretch - 1) * plain, list(self._read))
-        self.budget = _whole_groups(decoding, int(min(max(wanted, SMALLEST), LARGEST, most)))
-
-    def _other(self, decoding: int) -> int:
-        """Another number of tokens than the budget."""
-        half = self.budget // 2
-        return _whole_groups(decoding, half) if half >= SMALLEST else int(_GROWTH * self.budget)
+        # The line may be wrong by what disturbs a machine: never more than would do if there were no costly beginning.
+        dear = median(spent / tokens for tokens, spent in list(self._read)[-_SURE:])
+        sure = (_FURTHEST - 1) * plain / max(dear, 1e-9)
+        self.budget = _whole_groups(decoding, int(min(max(min(wanted, sure), SMALLEST), LARGEST, most)))
 
     def _expected(self, decoding: int) -> float | None:
         """Seconds of a plain step; of the nearest number of sequences that was seen, rather fewer than more."""
@@ -99,6 +97,6 @@ def _middle(steps: list[tuple[int, float]]) -> tuple[float, float]:
 
 
 def _whole_groups(decoding: int, tokens: int) -> int:
-    """At most ``tokens``, so that all rows of the step fill whole groups, where that leaves enough of them."""
+    """At most ``tokens``, so that all rows of the step fill whole groups, where that leaves most of them."""
     fitting = (decoding + tokens) // ROWS * ROWS - decoding
-    return fitting if fitting >= SMALLEST else tokens
+    return fitting if fitting >= max(SMALLEST, 0.75 * tokens) else tokens
