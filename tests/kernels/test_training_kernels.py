@@ -227,3 +227,20 @@ def test_text_attention_refuses_bounds_that_do_not_cover_the_tokens(native, boun
         BAD_ARGUMENT,
         BAD_INDEX,
     )
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(1, 1, 1), (3, 5, 7), (14, 192, 32), (29, 193, 33), (15, 400, 100), (70, 1000, 64), (1, 577, 31)],
+)
+def test_product(native, rng, m, k, n):
+    a, b = normal(rng, m, k), normal(rng, k, n)
+    (c,) = on_threads(native, lambda: run(native, "QwenProduct", [a, b], (m, n)))
+    wide = a.astype(np.float64), b.astype(np.float64)
+    scale = np.abs(wide[0]) @ np.abs(wide[1])
+    assert (np.abs(c - wide[0] @ wide[1]) <= 1e-6 * scale).all()
+
+
+def test_product_refuses_what_does_not_fit(native, rng):
+    inputs = [normal(rng, 2, 3), normal(rng, 4, 5)]
+    assert native.bind("QwenProduct", inputs, np.zeros((2, 5), np.float32))() == BAD_ARGUMENT

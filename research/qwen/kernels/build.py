@@ -47,7 +47,7 @@ AMX = (*VNNI, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 DOT = ("-march=armv8.2-a+dotprod",)
 # Portable sources, and groups of kernels (GROUP_isa.cc, entry point GROUP_ISA) with their instruction sets.
 PORTABLE = tuple(
-    "isa pool linear attention pointwise quantise quant lora layer training text_attention "
+    "isa pool linear attention pointwise quantise quant lora layer training text_attention product "
     "ops ops_attention ops_quant ops_layer ops_training".split()
 )
 X86 = {"base": (), "avx2": AVX2, "avx512": AVX512, "vnni": VNNI, "amx": AMX}
@@ -62,6 +62,7 @@ GROUPS = {
     "quant": INTEGERS,
     "training": FLOATS,
     "text_attention": FLOATS,
+    "product": FLOATS,
 }
 
 NOTICE_SECONDS = 2.0  # a build that takes longer says so

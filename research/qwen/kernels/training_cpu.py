@@ -1,4 +1,4 @@
-"""The cells of kernels.training with everything but the matrix products in C++ (csrc/*training*, text_attention*).
+"""The cells of kernels.training with everything but most matrix products in C++ (csrc/*training*, text_attention*).
 
 Same inputs and gradients; between the two passes a layer keeps q, k and v as they come from c_attn, the context and
 the logarithm of each query's sum. ``step`` is cos, sin (T, d / 2) and bounds (texts + 1,): text i has the tokens
@@ -100,7 +100,10 @@ class ProjectGrad(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.bias, self.trained, self.rank, self.scale = plan.bias, plan.trained, plan.rank, plan.scale
         self.dropout, self.at = plan.keep < 1.0, 2 if plan.bias else 1
-        self.nn, self.nt, self.tn = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
+        self.nn = operator(
+            library, "QwenProduct", F32, F32
+        )  # MindSpore's is a third slower where b is a table
+        self.nt, self.tn = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
         self.sum_rows = operator(library, "QwenSumRows", F32)
         self.drop = Dropped(library, plan.keep)
 
@@ -205,7 +208,10 @@ class HeadBackward(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.trained = trained
         self.norm, self.unnorm = Norm(library, eps), NormGrad(library, eps, plus=False)
-        self.nn, self.nt, self.tn = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
+        self.nn = operator(
+            library, "QwenProduct", F32, F32
+        )  # MindSpore's is a third slower where b is a table
+        self.nt, self.tn = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
         self.loss = operator(library, "QwenCrossEntropy", F32, I32, F32)
 
     def construct(

@@ -3,6 +3,7 @@
 #include "ops.h"
 #include "pointwise.h"
 #include "pool.h"
+#include "product.h"
 #include "text_attention.h"
 #include "training.h"
 
@@ -169,3 +170,12 @@ KERNEL(QwenAddInto) {
   qwen::parallel(size, 1 << 16, [&](int64_t i0, int64_t i1) { qwen::training()->add(x + i0, y + i0, i1 - i0); });
   return 0;
 }
+
+// inputs a (m, k), b (k, n); output their product (m, n)
+KERNEL(QwenProduct) {
+  const qwen::ProductArgs a = {qwen::at(p, 0), qwen::at(p, 1), qwen::at(p, 2), shapes[0][0], shapes[1][1], shapes[0][1]};
+  if (qwen::isa() == qwen::kNone || shapes[1][0] != a.k || a.k < 1) return 1;
+  qwen::Turn turn;
+  return qwen::product(a);
+}
+INFER(QwenProduct) { return {shapes[0][0], shapes[1][1]}; }
