@@ -173,7 +173,8 @@ KERNEL(QwenAddInto) {
 
 // inputs a (m, k), b (k, n); output their product (m, n)
 KERNEL(QwenProduct) {
-  const qwen::ProductArgs a = {qwen::at(p, 0), qwen::at(p, 1), qwen::at(p, 2), shapes[0][0], shapes[1][1], shapes[0][1]};
+  const int64_t m = shapes[0][0], n = shapes[1][1], k = shapes[0][1];
+  const qwen::ProductArgs a = {qwen::at(p, 0), qwen::at(p, 1), qwen::at(p, 2), m, n, k};
   if (qwen::isa() == qwen::kNone || shapes[1][0] != a.k || a.k < 1) return 1;
   qwen::Turn turn;
   return qwen::product(a);

@@ -14,9 +14,9 @@ struct ProductArgs {
 };
 
 struct ProductTable {
-  int64_t (*panel_size)(int64_t n);                                                // floats of a packed run of rows of b
-  void (*pack)(const ProductArgs&, float* panel, int64_t k0, int64_t t0, int64_t t1);  // strips t0 .. t1 of columns
-  int64_t (*strips)(int64_t n);
+  int64_t (*panel_size)(int64_t n);  // floats of a packed run of rows of b
+  int64_t (*strips)(int64_t n);      // of columns
+  void (*pack)(const ProductArgs&, float* panel, int64_t k0, int64_t t0, int64_t t1);  // strips t0 .. t1
   int64_t (*tile_rows)();
   void (*rows)(const ProductArgs&, const float* panel, int64_t k0, int64_t r0, int64_t r1);
 };

@@ -1,5 +1,5 @@
-// A tile of c stays in registers while a run of kDepth products is summed. The run's rows of b are packed in strips as wide
-// as a tile; a is read where it lies, its part of a tile stays in the first cache for all strips.
+// A tile of c stays in registers while a run of kDepth products is summed. The run's rows of b are packed in strips as
+// wide as a tile; a is read where it lies, its part of a tile stays in the first cache for all strips.
 #include "product.h"
 
 #include "vec.h"
@@ -79,7 +79,7 @@ static void rows(const ProductArgs& p, const float* panel, int64_t k0, int64_t r
 namespace qwen {
 
 const ProductTable* QWEN_TABLE() {
-  static const ProductTable table = {panel_size, pack, strips, tile_rows, rows};
+  static const ProductTable table = {panel_size, strips, pack, tile_rows, rows};
   return &table;
 }
 
