@@ -6,7 +6,8 @@ Their bits do not depend on the number of threads; AdamW's are those of ``model.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,9 @@ from research.qwen.kernels.native import NativeLibrary
 Array = NDArray[np.float32]
 
 
-class Hyper(Protocol):
-    """The numbers of one update: see ``model.optimizer.Hyper``."""
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of one update. ``factor`` multiplies the gradient first; ``correction1/2`` are 1 - beta^step."""
 
     lr: float
     beta1: float

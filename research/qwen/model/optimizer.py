@@ -7,30 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from research.qwen.kernels.native_training import Hyper
 from research.qwen.model.training_specs import OptimizerSpec
 
 Array = NDArray[np.float32]
 BLOCK = 1 << 15  # numbers at a time: the passes over a block stay in the cache
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """The numbers of one update. ``factor`` multiplies the gradient first; ``correction1/2`` are 1 - beta^step."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    decay: float
-    correction1: float
-    correction2: float
-    factor: float
-
 
 # (weight, gradient, first moment, second moment, hyper): all flat, contiguous float32 of one size, changed in place.
 Update = Callable[[Array, Array, Array, Array, Hyper], None]
