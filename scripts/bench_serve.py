@@ -17,6 +17,7 @@ import base64
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -136,27 +137,32 @@ class Bench:
     def long_prompt(self, place: int) -> Values:
         """The gaps between tokens of running streams while a long prompt is read beside them.
 
-        A prompt is read in chunks, one in each step, so a gap is the time of a chunk.
+        A prompt is read in chunks, one in each step, so a gap is the time of a chunk. The streams get longer meanwhile,
+        and so do their plain steps: each gap is rated by a plain step at its place, between the median before the
+        prompt came and the one after it was read.
         """
         args = self.args
         prompt = [(13 * p + place) % 997 + 300 for p in range(args.long)]
         running, late = asyncio.run(long_arrival(self.url, args.streams, prompt, QUIET, f"long {place}"))
         # The first tokens come while the streams themselves are still being read.
-        starts = [stream.times[4] for stream in running]
-        calm = [
-            gap
-            for stream, start in zip(running, starts, strict=True)
-            for gap in gaps(stream.times, start, late.sent)[:-1]
-        ]
-        pressed = [gap for stream in running for gap in gaps(stream.times, late.sent, late.times[0])]
-        step = statistics.median(calm)
+        before = [gap for s in running for gap in gaps(s.times, s.times[4], late.sent)[:-1]]
+        after = [gap for s in running for gap in gaps(s.times, late.times[0], math.inf)[1:]]
+        pressed = [gaps(stream.times, late.sent, late.times[0]) for stream in running]
+        first, last = statistics.median(before), statistics.median(after)
+        steps = sorted(
+            gap / (first + (last - first) * at / len(found))
+            for found in pressed
+            for at, gap in enumerate(found)
+        )
         return {
-            "plain_step_s": step,
-            "worst_plain_gap_steps": max(calm) / step,
-            "median_gap_steps": statistics.median(pressed) / step,
-            "p99_gap_steps": sorted(pressed)[int(0.99 * len(pressed))] / step,
-            "worst_gap_steps": max(pressed) / step,
-            "chunks": len(pressed) / len(running),
+            "plain_step_before_s": first,
+            "plain_step_after_s": last,
+            "worst_plain_gap_steps": max(max(before) / first, max(after) / last),
+            "median_gap_steps": statistics.median(steps),
+            "p99_gap_steps": steps[int(0.99 * len(steps))],
+            "worst_gap_steps": steps[-1],
+            "worst_gap_first_steps": max(max(found) for found in pressed) / first,
+            "chunks": len(steps) / len(running),
             "first_token_s": late.first,
         }
 

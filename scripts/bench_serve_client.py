@@ -91,7 +91,7 @@ def gaps(times: Sequence[float], begin: float, end: float) -> list[float]:
 async def long_arrival(
     url: str, streams: int, long_prompt: Sequence[int], quiet_tokens: int, salt: str
 ) -> tuple[list[Stream], Stream]:
-    """Streams that run, then a long prompt beside them; all end soon after its first token."""
+    """Streams that run, then a long prompt beside them; they go on for as many tokens after it as before it."""
     async with open_client(url) as client:
         running = [Stream(client, [100 + i] * 16, 8000, salt) for i in range(streams)]
         tasks = [asyncio.ensure_future(stream.read()) for stream in running]
@@ -100,7 +100,7 @@ async def long_arrival(
                 await _pause(tasks)
             late = await Stream(client, long_prompt, 1, salt).read()
             seen = min(len(stream.times) for stream in running)
-            while min(len(stream.times) for stream in running) < seen + 2:
+            while min(len(stream.times) for stream in running) < seen + quiet_tokens:
                 await _pause(tasks)
         finally:
             for task in tasks:

@@ -70,7 +70,7 @@ def test_the_budget_grows_in_steps():
     pace = Pace(2.5)
     pace.note(4, 0, 0.1)
     assert pace.budget == 12
-    assert [pace.note(4, pace.budget, 0.1) for _ in range(5)] == [28, 44, 60, 76, 108]
+    assert [pace.note(4, pace.budget, 0.1) for _ in range(5)] == [18, 27, 40, 60, 76]
 
 
 def test_between_steps_that_read_some_only_decode():
@@ -78,9 +78,17 @@ def test_between_steps_that_read_some_only_decode():
     pace.note(4, 0, 0.1)
     budgets = [pace.note(4, pace.budget, 0.1) for _ in range(REST)]
     assert all(budgets[:-1]) and budgets[-1] == 0
-    assert pace.budget == 252
-    assert pace.note(4, 0, 0.1) == 124, "the prompt goes on; first half as much, to see what tokens cost"
-    assert pace.note(4, 124, 0.1) == 252
+    assert pace.budget == 220
+    assert pace.note(4, 0, 0.1) == 108, "the prompt goes on; first half as much, to see what tokens cost"
+    assert pace.note(4, 108, 0.1) == 252
+
+
+def test_the_smallest_budget_is_compared_with_a_larger_one():
+    pace = Pace(2.0)
+    settle(pace, 4, 0.06, 0.03, steps=REST)
+    assert pace.budget == SMALLEST
+    assert pace.note(4, 0, 0.06) == 6
+    assert pace.note(4, 6, 0.06 + 0.18) == SMALLEST
 
 
 def test_a_machine_that_gets_slower_does_not_stop_the_prompt():
@@ -96,8 +104,20 @@ def test_where_reading_at_all_costs_much_a_few_tokens_more_are_read():
     """Not the smallest budget for ever: its step is hardly shorter."""
     pace = Pace(2.25)
     stretch = settle_costs(pace, lambda tokens: 0.08 + 0.001 * tokens)
-    assert stretch <= 2.75
-    assert pace.budget > SMALLEST
+    assert stretch <= 1 + 1.25 * 0.08 / 0.06 + 0.1
+    assert pace.budget >= 12
+
+
+def test_steps_are_as_long_as_allowed_where_half_of_it_is_for_reading_at_all():
+    pace = Pace(2.0)
+    assert 1.85 < settle_costs(pace, lambda tokens: 0.03 + 0.001 * tokens) <= 2.0
+
+
+def test_a_prompt_behind_a_long_context_does_not_crawl():
+    """Reading at all takes five plain steps: three times the smallest budget costs hardly more than the smallest."""
+    pace = Pace(2.0)
+    assert settle_costs(pace, lambda tokens: 0.3 + 0.0015 * tokens) <= 1 + 5 * 1.25 + 0.3
+    assert pace.budget >= 3 * SMALLEST
 
 
 def test_where_every_token_costs_much_it_is_the_smallest_budget():
@@ -125,7 +145,7 @@ def test_a_chunk_with_a_price_of_its_own_stays_within_the_stretch():
     for place in range(200):
         spent = 0.05 + 0.0002 * place + 0.001 * pace.budget
         pace.note(4, pace.budget, spent)
-        assert spent <= 2.5 * 0.05 + 0.002
+        assert spent <= 2.6 * 0.05
     assert spent > 2.3 * 0.05
 
 
@@ -145,4 +165,20 @@ def test_a_disturbed_machine_is_no_reason_to_read_much_more():
         seconds = (0.085 + 0.012 * budget) * (1 + 0.25 * noise.random())
         budget = pace.note(4, budget, seconds)
         read_most = max(read_most, budget)
-    assert read_most <= 1.75 * 0.085 * 1.25 / 0.012
+    assert read_most <= 1.25 * 1.25 * 0.085 * 1.25 / 0.012
+
+
+def test_a_disturbed_second_point_is_no_beginning():
+    """The only step with fewer tokens took ten times too long: that is not what reading at all costs."""
+    pace = Pace(2.0)
+    pace.note(4, 0, 0.06)
+    budget = pace.budget
+    for _ in range(REST):
+        budget = pace.note(4, budget, 0.06 + 0.0018 * budget)
+    steady = pace.budget
+    budget = pace.note(4, 0, 0.06)
+    assert 0 < budget < steady
+    budget = pace.note(4, budget, 10 * (0.06 + 0.0018 * budget))
+    for _ in range(REST - 1):
+        assert budget <= steady
+        budget = pace.note(4, budget, 0.06 + 0.0018 * budget)

@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-SMALLEST, LARGEST = 8, 256
+SMALLEST, LARGEST = 4, 256
 ROWS = 16  # kernels compute rows in groups of as many: a group that is not full costs nearly what a full one does
 REST = 8  # reading steps between two that only decode
 _GROWTH = 1.5  # of the budget, from one step to the next
-# Of the cost of the smallest budget, where it is too dear anyway and little of that is for its tokens.
-_DEARER = 1.25
-_FURTHEST, _SURE = 2.75, 3  # plain steps that a step may take by the last steps alone, and how many these are
-_PLAIN_STEPS, _READING_STEPS = 5, 12  # kept; medians of them do not heed one that was disturbed
+_TOKENS_SHARE = 0.25  # of what reading at all costs, at least for the tokens
+_LAST, _PLAIN_STEPS, _READING_STEPS = (
+    3,
+    5,
+    12,
+)  # looked at; medians of them do not heed one that was disturbed
 
 
 class Pace:
     """Keeps steps that also read a prompt within ``stretch`` times a step that only decodes.
 
-    What such a step takes beyond one that decodes as many sequences is taken for a line over its prompt tokens: a part
-    for reading at all, and a part for each token. The budget spends ``stretch`` - 1 plain steps on it, between 8 and
-    256 tokens, in whole groups of rows. Where even the smallest budget takes longer, because reading at all does, it is
-    as many tokens as cost hardly more.
+    A step that reads takes longer for two reasons: what lies in the cache before the prompt is read, however few tokens
+    look at it, and the tokens are computed. The budget is between 4 and 256 tokens, in whole groups of rows where that
+    leaves most of them. After each step it is multiplied by what was allowed / what was spent. That undershoots where a
+    part of the time is not for tokens, so it comes nearer step by step and does not swing.
 
-    - Every ninth step reads nothing: when something else begins to use the machine all steps get longer, and a stale
-      idea of a plain step would let a prompt crawl. The step after it reads half of the budget, so that the line has
-      two points.
+    - Where reading at all takes most of what is allowed, tokens still get a quarter as much: else a long prompt would
+      crawl, and no step be much shorter. How much that is says a line through steps of different length.
+    - Every ninth step reads nothing: when something else begins to use the machine, or the answers get long, all steps
+      get longer, and a stale idea of a plain step would let a prompt crawl. The step after it reads another number of
+      tokens, so that there is a line.
     - What lies in the cache before a prompt counts, too: so a prompt that comes after plain steps begins with ``start``
       tokens, and the budget grows slowly.
     """
@@ -54,19 +58,24 @@ class Pace:
             self._resting = False
         if self._resting:
             return 0
-        return _whole_groups(decoding, self.budget // 2) if probe else self.budget
+        return self._other(decoding) if probe else self.budget
+
+    def _other(self, decoding: int) -> int:
+        """Another number of tokens, for the second point of a line; rather fewer than more."""
+        if self.budget >= _GROWTH * SMALLEST:
+            return _whole_groups(decoding, max(self.budget // 2, SMALLEST))
+        return int(_GROWTH * self.budget)
 
     def _take(self, decoding: int, reading: int, seconds: float) -> None:
         plain = self._expected(decoding)
         if plain is None:
             return
         self._read.append((reading, max(seconds - plain, 0.0)))
-        most = max(_GROWTH * self.budget, self.budget + ROWS)
-        wanted = _tokens_for((self.stretch - 1) * plain, list(self._read))
-        # The line may be wrong by what disturbs a machine: never more than would do if there were no costly beginning.
-        dear = median(spent / tokens for tokens, spent in list(self._read)[-_SURE:])
-        sure = (_FURTHEST - 1) * plain / max(dear, 1e-9)
-        self.budget = _whole_groups(decoding, int(min(max(min(wanted, sure), SMALLEST), LARGEST, most)))
+        allowed = max((self.stretch - 1) * plain, (1 + _TOKENS_SHARE) * _beginning(list(self._read)))
+        # As if all were the tokens' cost: that comes nearer with every step, and never goes beyond.
+        token = median(spent / tokens for tokens, spent in list(self._read)[-_LAST:])
+        wanted = min(allowed / max(token, 1e-9), _GROWTH * self.budget, LARGEST)
+        self.budget = _whole_groups(decoding, int(max(wanted, SMALLEST)))
 
     def _expected(self, decoding: int) -> float | None:
         """Seconds of a plain step; of the nearest number of sequences that was seen, rather fewer than more."""
@@ -76,20 +85,17 @@ class Pace:
         return median(self._plain[nearest])
 
 
-def _tokens_for(seconds: float, steps: list[tuple[int, float]]) -> float:
-    """Tokens that can be read in so many seconds, by the line through the shorter and the longer of some steps."""
+def _beginning(steps: list[tuple[int, float]]) -> float:
+    """Seconds of reading at all, by the line through the shorter and the longer of some steps; 0 if it is not known."""
     middle = (min(steps)[0] + max(steps)[0]) / 2
-    few = [step for step in steps if step[0] <= middle]
     many = [step for step in steps if step[0] > middle]
-    tokens, spent = _middle(few)
-    slope = spent / tokens
-    if many:
-        more_tokens, more_spent = _middle(many)
-        slope = max((more_spent - spent) / (more_tokens - tokens), 0.0)
-    least = spent - slope * (tokens - SMALLEST)
-    if least > seconds and slope * SMALLEST < least / 2:
-        seconds = max(seconds, _DEARER * least)
-    return tokens + (seconds - spent) / max(slope, 1e-9)
+    if not many:
+        return 0.0
+    tokens, spent = _middle([step for step in steps if step[0] <= middle])
+    more_tokens, more_spent = _middle(many)
+    token = max((more_spent - spent) / (more_tokens - tokens), 0.0)
+    # No step took less, whatever disturbed the others.
+    return min(max(spent - token * tokens, 0.0), min(seconds for _, seconds in steps))
 
 
 def _middle(steps: list[tuple[int, float]]) -> tuple[float, float]:

@@ -3,9 +3,8 @@
 // neither on the batch, nor on how the prompt was cut into chunks, nor on the way (attend, attend_one) it was computed.
 #if defined(__AMX_BF16__)
 #include "attention_amx.h"
-#else
-#include "attention_one.h"
 #endif
+#include "attention_few.h"
 
 namespace {
 
@@ -91,7 +90,7 @@ static void value_tile(const Scratch& s, int64_t tile, int64_t slab, int64_t key
 
 // One block of keys for all queries. Tiles skip what none of their queries sees.
 template <class F>
-static void attend_block(const AttentionArgs& a, const AttentionTask& t, const Scratch& s, int64_t first) {
+static void wide_block(const AttentionArgs& a, const AttentionTask& t, const Scratch& s, int64_t first) {
   const int64_t last = t.position + t.count - 1, tiles = (t.count + kRows - 1) / kRows;
   const auto seen = [&](int64_t q) { return smaller(t.position + q, last) + 1 - first; };
   const auto seen_by_tile = [&](int64_t tile) { return smaller(seen(tile * kRows + kRows - 1), kKeyBlock); };
@@ -106,20 +105,20 @@ static void attend_block(const AttentionArgs& a, const AttentionTask& t, const S
       if (seen_by_tile(tile) > 0) value_tile(s, tile, slab, seen_by_tile(tile));
 }
 
-template <class F>
-static void attend_as(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
-  const Scratch s = carve(scratch, a.d);
+// `attend_block(first)`: the keys from `first` on, for all queries, to s.sum, s.peak, s.mass.
+template <class AttendBlock>
+INLINE void attend_by_blocks(const AttentionArgs& a, const AttentionTask& t, const Scratch& s,
+                             AttendBlock attend_block) {
   const int64_t width = a.heads * a.d, last = t.position + t.count - 1;
   const int64_t rows = round_up(t.count, kRows), tiled = rows * s.slabs * kSlab, step = kRows * kSlab;
   float* y = a.y + t.first_row * width + t.head * a.d;
   for (int64_t q = 0; q < t.count; ++q) std::memcpy(s.query + q * a.d, y + q * width, a.d * sizeof(float));
   std::memset(s.query + t.count * a.d, 0, (rows - t.count) * a.d * sizeof(float));
-  std::memset(s.keys, 0, a.d * kKeyBlock * sizeof(float));
   clear(s.total, tiled, s.total_peak, s.total_mass, rows);
   for (int64_t part = 0; part <= last; part += kPart) {
     clear(s.sum, tiled, s.peak, s.mass, kQueryBlock);
     for (int64_t first = part; first < part + kPart && first <= last; first += kKeyBlock)
-      attend_block<F>(a, t, s, first);
+      attend_block(first);
     for (int64_t q = 0; q < rows; ++q) {
       const int64_t at = q / kRows * s.slabs * step + q % kRows * kSlab;
       merge_part(s.total + at, s.total_peak + q, s.total_mass + q, s.sum + at, s.peak[q], s.mass[q], s.slabs, kSlab,
@@ -134,6 +133,15 @@ static void attend_as(const AttentionArgs& a, const AttentionTask& t, float* scr
       i + kLanes <= a.d ? store(y + q * width + i, v) : store_part(y + q * width + i, v, a.d - i);
     }
   }
+}
+
+template <class F>
+static void attend_as(const AttentionArgs& a, const AttentionTask& t, float* scratch) {
+  const Scratch s = carve(scratch, a.d);
+  if (t.count <= kFew && qwen::kv_lanes(a.block_size) == kGroup)
+    return attend_by_blocks(a, t, s, [&](int64_t first) { few_block<F>(a, t, s, first); });
+  std::memset(s.keys, 0, a.d * kKeyBlock * sizeof(float));
+  attend_by_blocks(a, t, s, [&](int64_t first) { wide_block<F>(a, t, s, first); });
 }
 
 // ---- formats ----

@@ -14,14 +14,23 @@ struct Groups {
 };
 template <class F>
 INLINE Groups<F> groups_at(const AttentionArgs& a, const AttentionTask& t, int64_t first) {
+  const int64_t last = (t.position + t.count - 1) / kGroup * kGroup;
   Groups<F> found;
   for (int g = 0; g < kBlockGroups; ++g) {
-    const Place at = place_at(a, t, smaller(first + g * kGroup, t.position / kGroup * kGroup));
+    const Place at = place_at(a, t, smaller(first + g * kGroup, last));
     found.keys[g] = key_at<F>(a, at, kGroup);
     found.values[g] = value_at<F>(a, at);
     found.scales[g] = scale_at(a, at);
   }
   return found;
+}
+
+template <class F>
+INLINE void read_scales(const AttentionArgs& a, const Groups<F>& now, const Scratch& s) {
+  for (int64_t g = 0; g < kBlockGroups; ++g) {
+    std::memcpy(s.key_scale + g * kGroup, a.key_scales + now.scales[g], kGroup * sizeof(float));
+    std::memcpy(s.value_scale + g * kGroup, a.value_scales + now.scales[g], kGroup * sizeof(float));
+  }
 }
 
 // Scores of kDirect groups of keys from group g on; their values are fetched meanwhile, which lie in runs as long.
@@ -83,11 +92,7 @@ static void part_one(const AttentionArgs& a, const AttentionTask& t, const Scrat
     const int64_t seen = smaller(t.position + 1 - first, kKeyBlock);
     for (int g = 0; g < kBlockGroups && g * kGroup < seen; g += kDirect)
       score_one<F>(now, g, s.query, a.d, s.scores);
-    if constexpr (kScaled<F>)
-      for (int64_t g = 0; g < kBlockGroups; ++g) {
-        std::memcpy(s.key_scale + g * kGroup, a.key_scales + now.scales[g], kGroup * sizeof(float));
-        std::memcpy(s.value_scale + g * kGroup, a.value_scales + now.scales[g], kGroup * sizeof(float));
-      }
+    if constexpr (kScaled<F>) read_scales(a, now, s);
     const float peak = highest<F>(s.scores, s.key_scale, *s.peak, seen);
     const float factor = exp_v(splat(*s.peak - peak))[0];
     *s.mass = *s.mass * factor + weigh<F>(s.scores, s.value_scale, peak);
