@@ -109,7 +109,7 @@ def test_int8_codes_and_scales(native, rng):
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 32])
-@pytest.mark.parametrize("chunks", [[1], [64], [3, 70, 77], [149, 1]], ids=str)
+@pytest.mark.parametrize("chunks", [[1], [64], [3, 70, 77], [149, 1], [2, 4, 5, 12, 17, 20, 24, 25]], ids=str)
 def test_chunks_do_not_change_a_bit(native, rng, fmt, chunks, block_size):
     heads, d, count = 2, 20, -(-150 // block_size)
     case = cases.sequence(rng, 150, heads, d)
