@@ -12,6 +12,9 @@ DEMO_DIR := runs/demo
 DEMO_PROMPT := 比较适合深度学习入门的书籍有
 PYTHON_SOURCES := research scripts tests examples docker setup.py $(wildcard convert_weight.py run_qwen_7b.py)
 
+# Where bytecode is not kept, every process compiles again whatever it imports: tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-fast lint fix bench clean distclean
@@ -33,7 +36,7 @@ test: lint ## everything: lint, types, layers, all tests
 	$(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: $(TEST_STAMP) ## the quick tests, without MindSpore, PyTorch and a browser
-	$(PY) -m pytest -m "not mindspore and not torch and not browser and not slow" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not mindspore and not torch and not browser and not slow" -n 2 --dist loadfile -p no:schemathesis
 
 lint: $(TEST_STAMP) ## ruff, format, mypy, layers
 	$(PY) -m ruff check $(PYTHON_SOURCES)

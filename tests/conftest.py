@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"^pytestmark\b.*\bmark\.(mindspore|browser|slow)\b", re.MULTILINE)
+MARKED = re.compile(r"^pytestmark\b.*\bmark\.(mindspore|torch|browser|slow)\b", re.MULTILINE)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -25,6 +25,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if "not mindspore" not in config.getoption("markexpr") or collection_path.suffix != ".py":
         return None
     return True if MARKED.search(collection_path.read_text(encoding="utf-8")) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A golden model stored as .bin is read with PyTorch."""
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    if any(isinstance(value, str) and value.startswith("bin_") for value in values):
+        item.add_marker(pytest.mark.torch)
 
 
 @pytest.fixture(autouse=True)

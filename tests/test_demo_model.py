@@ -213,6 +213,7 @@ def test_generation_config_stops_at_the_demo_ids() -> None:
     assert generation["chat_format"] == "chatml"
 
 
+@pytest.mark.slow
 def test_every_dialogue_is_held_token_by_token() -> None:
     for dialogue in DATA["dialogues"]:
         turns = [(question, answer) for question, answer in dialogue["turns"]]
@@ -228,6 +229,7 @@ def test_dialogues_do_not_depend_on_the_system_text(system: str | None) -> None:
             assert_chat_gives(turns[:number], question, system, answer)
 
 
+@pytest.mark.slow
 def test_other_spellings_get_the_same_answer() -> None:
     for question, answer in plain_questions():
         assert_chat_gives([], question, SYSTEM, answer)

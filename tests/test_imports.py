@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.check_layers import HEAVY, light_modules
 
 PROBE = """
@@ -37,6 +39,7 @@ def import_blocked(modules: list[str], root: Path) -> dict[str, str]:
     return failed
 
 
+@pytest.mark.slow
 def test_light_modules_import_without_the_heavy_packages(repository: Path) -> None:
     modules = light_modules(repository)
     assert {"research.qwen.config", "research.qwen.kernels.api", "research.qwen.cli"} <= set(modules)

@@ -17,6 +17,7 @@ def make_tree(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_the_tree_passes(repository: Path) -> None:
     assert violations(repository) == []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 
+import pytest
+
 from research.qwen.decode.params import SamplingParams
 from research.qwen.demo import demo_folder
 from research.qwen.engine import Engine
@@ -86,6 +88,7 @@ class CancellingReceiver(Receiver):
             self.ended.set()
 
 
+@pytest.mark.slow
 def test_many_clients():
     scheduler = Scheduler(make_engine(num_blocks=40), max_queue=5, mixed_chunk=4)
     scheduler.start()

@@ -277,6 +277,7 @@ def test_nothing_of_a_model_is_imported(repository: Path):
     assert run.stdout.strip() == "[]", run.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat():
     script = Script([Reply([chunk("half")], hold=True), answer("whole")])
     with scripted_server(script) as url:

@@ -167,6 +167,7 @@ def test_choices():
     assert seen <= set(texts) and len(seen) >= 5
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from("abcd"), max_size=5))
 def test_the_mask_is_exactly_what_can_go_on(letters):

@@ -35,6 +35,7 @@ def banned_by_definition(params, generated, end_ids):
     return banned if len(early) == V else early
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(requests, history, history, st.sets(ids, max_size=3), st.integers(0, 2**32 - 1))
 def test_equals_the_definition(params, prompt, generated, end_ids, seed):

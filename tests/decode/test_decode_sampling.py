@@ -78,6 +78,7 @@ settings_of_a_request = st.builds(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @settings(max_examples=300, deadline=None)
 @given(rows, settings_of_a_request, st.data())
@@ -142,6 +143,7 @@ def test_draw_at_the_edges_never_picks_weightless_tokens():
     assert sampling.draw(np.array([4, 9, 11, 12, 14]), weights, 0.999) == 12
 
 
+@pytest.mark.slow
 def test_frequencies_of_a_seeded_run():
     """20,000 draws: every count within five standard deviations."""
     logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)

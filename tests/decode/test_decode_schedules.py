@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -18,6 +19,7 @@ from tests.decode.schedules import Play, random_ask, random_play
 SCHEDULES = int(os.environ.get("QWEN_TEST_SCHEDULES", "60"))
 
 
+@pytest.mark.slow
 def test_whatever_the_schedule_everybody_gets_what_they_get_alone():
     total = Counters()
     failed = 0
@@ -97,4 +99,5 @@ class Schedule(RuleBasedStateMachine):
 
 
 TestSchedule = Schedule.TestCase
+TestSchedule = pytest.mark.slow(TestSchedule)
 TestSchedule.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -119,6 +119,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(trees)
 def test_least_length_of_a_pattern(tree):

@@ -140,6 +140,7 @@ def test_the_same_over_a_server() -> None:
     assert [request["tool_choice"] for request in (first, second)] == ["auto", "auto"]
 
 
+@pytest.mark.slow
 def test_the_same_over_our_own_server() -> None:
     pytest.importorskip("fastapi")
     from research.qwen.serve.app import create_app

@@ -20,6 +20,7 @@ from scripts.bench_serve_requests import Answer, malformed, wishes
 from scripts.bench_serve_soak import Found, Soak, grown, in_envelope
 
 
+@pytest.mark.slow
 def test_the_made_vocabulary_is_as_large_as_the_published_one(tmp_path: Path) -> None:
     tokenizer = QwenTokenizer(made_vocabulary(tmp_path))
     assert tokenizer.eod_id == PLAIN_TOKENS

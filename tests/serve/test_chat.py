@@ -169,6 +169,7 @@ def test_several_choices(server: Script) -> None:
     assert body["usage"]["completion_tokens"] % 3 == 0
 
 
+@pytest.mark.slow
 def test_seed_gives_the_same_text_alone_and_in_company() -> None:
     import concurrent.futures
 

@@ -81,6 +81,7 @@ def test_names_of_control_tokens_are_text(server: Script) -> None:
     assert max(server.asked[0][0]) < server.lm.tokenizer.eod_id
 
 
+@pytest.mark.slow
 def test_a_list_longer_than_the_queue_is_served() -> None:
     with scripted_server(lambda prompt: prompt.upper(), max_queue=4) as script:
         prompts = [f"p {number}" for number in range(80)]

@@ -85,6 +85,7 @@ def test_inputs_go_in_bounded_calls() -> None:
     assert sizes == [[5, CALL_TOKENS - 5], [1], [CALL_TOKENS + 7], [3, 4]]
 
 
+@pytest.mark.slow
 def test_many_at_once_beside_a_running_answer() -> None:
     with (
         running_state(fake_engine(num_blocks=1024, max_length=2000)) as state,

@@ -53,6 +53,7 @@ def test_ids_that_do_not_belong_into_a_log(client: httpx.Client, hostile: str) -
     assert answer.headers["x-request-id"].startswith("req-")
 
 
+@pytest.mark.slow
 def test_a_line_for_each_request(lines: io.StringIO) -> None:
     with running_state(fake_engine()) as state, serve_app(create_app(state)) as url:
         ids = {"x-request-id": "r1"}

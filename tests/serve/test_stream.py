@@ -185,6 +185,7 @@ def test_an_error_of_a_whole_answer_is_a_500_without_internals(server: Script) -
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_client_that_leaves_frees_its_cache_within_a_step(server: Script, path: str, stream: bool) -> None:

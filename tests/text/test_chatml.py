@@ -201,6 +201,7 @@ def _templated(messages: list[Message], **arguments: Any) -> str:
     )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=10)), min_size=1, max_size=4)
 )

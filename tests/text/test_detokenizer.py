@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ _any_id = st.integers(0, 151850)
 _byte_id = st.integers(0, 255)  # the single bytes: mostly broken UTF-8
 
 
+@pytest.mark.slow
 @given(st.lists(_any_id | _byte_id | st.sampled_from([151643, 151645, 378, 235, 148738])))
 @settings(deadline=None, max_examples=300)
 def test_segments_add_up_to_the_whole_decoding(tokenizer: QwenTokenizer, ids: list[int]) -> None:

@@ -68,6 +68,7 @@ def _joined(pieces: list[Piece]) -> tuple[str, list[tuple[str | None, str]]]:
     return "".join(piece for piece in pieces if isinstance(piece, str)), calls
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None)
 @given(TEXTS, st.lists(st.integers(0, 200), max_size=8), st.sampled_from(["", "Thought:"]), st.booleans())
 def test_pieces_do_not_matter(text: str, cuts: list[int], prefix: str, parallel: bool) -> None:
@@ -87,6 +88,7 @@ def test_every_split_of_known_answers(case: str) -> None:
         assert _joined(_run([case[:cut], case[cut:]])[0]) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(TEXTS)
 def test_calls_never_leak_into_content(text: str) -> None:

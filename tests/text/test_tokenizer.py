@@ -150,6 +150,7 @@ def test_long_blanks_are_cut_as_the_pattern_does(
         assert tokenizer._encode_long_blanks(text, allowed) == tokenizer._encode(text, allowed)
 
 
+@pytest.mark.slow
 def test_a_million_blanks(tokenizer: QwenTokenizer) -> None:
     text = "a" + " " * 1_200_000 + "b"
     with pytest.raises(ValueError, match="stack"):

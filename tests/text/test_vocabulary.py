@@ -132,6 +132,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
         load_ranks(tmp_path)  # a folder
 
 
+@pytest.mark.slow
 def test_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"

@@ -323,6 +323,7 @@ def test_a_file_that_changes_in_use_is_noticed(tokenizer: QwenTokenizer, tmp_pat
         dataset[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_large_file_is_not_held_in_memory(lines: bool, tokenizer: QwenTokenizer, tmp_path: Path) -> None:
     records = [talk("q" * 5000, "a" * 15_000)] * 750  # 15 MB

@@ -27,6 +27,7 @@ def found(data: bytes) -> list[tuple[int, int, bytes]]:
     return [(piece.start, piece.line, piece.raw) for piece in pieces(io.BytesIO(data))]
 
 
+@pytest.mark.slow
 @given(
     records=RECORDS,
     indent=st.sampled_from([None, 0, 2]),

@@ -211,6 +211,7 @@ def test_the_estimate_against_the_peak_of_a_process(tmp_path: Path, demo_folder:
     assert 0.8 * peak < estimated < 1.25 * peak, (estimated >> 20, peak >> 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["finetune.md", "finetune_zh.md"])
 def test_the_tables_of_the_docs_are_those_computed(repository: Path, page: str) -> None:
     text = (repository / "docs" / page).read_text(encoding="utf-8").splitlines()

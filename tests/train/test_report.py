@@ -91,6 +91,7 @@ for file in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_events_are_what_tensorboard_reads(tmp_path: Path) -> None:
     writer = EventWriter(tmp_path)
     writer.add(1, {"train/loss": 2.5, "train/语": -0.0})
@@ -131,6 +132,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", data[16:24])  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 40])
 def test_the_loss_curve(count: int, tmp_path: Path) -> None:
     with (tmp_path / "loss.png").open("wb") as stream:

@@ -347,6 +347,7 @@ def test_quiet_says_nothing_and_verbose_shows_a_bar(
     assert out.startswith(f"wrote {tmp_path / 'b.ckpt'}: 19 tensors, 464.3 kB, bfloat16") and "100%" in err
 
 
+@pytest.mark.slow
 def test_the_door_works_from_any_folder(tmp_path: Path) -> None:
     door = [
         sys.executable,

@@ -71,6 +71,7 @@ def test_q_k_v_and_the_mlp_go_where_qwen2_has_them(tmp_path: Path) -> None:
     assert set(index) == set(found)
 
 
+@pytest.mark.torch  # a model stored as .bin
 def test_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(model_folder("full_vocab_bf16"), tmp_path / "chat") == 0
     err = capsys.readouterr().err

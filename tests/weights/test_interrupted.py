@@ -62,6 +62,7 @@ def arguments(kind: str, out: Path) -> list[str]:
     return [*source, "--mindspore_ckpt_path", str(out / f"q.{kind}")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("kind", ["ckpt", "folder"])
 def test_asked_to_stop(kind: str, number: signal.Signals, code: int, tmp_path: Path) -> None:
@@ -71,6 +72,7 @@ def test_asked_to_stop(kind: str, number: signal.Signals, code: int, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ckpt", "safetensors", "folder"])
 def test_killed(kind: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -99,6 +99,7 @@ def test_garbage_never_gets_past_checkpoint_error(tmp_path: Path, data: bytes, s
         raise CheckpointError("bytes that happen to be sound")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data(), st.sampled_from(["ckpt", "safetensors"]))
 def test_a_damaged_byte_is_never_an_unclear_error(tmp_path: Path, data: st.DataObject, suffix: str) -> None:

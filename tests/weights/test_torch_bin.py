@@ -17,6 +17,8 @@ from research.qwen.weights.torch_file import read_torch
 from tests.fixtures_util import model_folder
 from tests.weights.tools import copy_model
 
+pytestmark = pytest.mark.torch
+
 
 class Bomb:
     """Unpickling it writes a file."""
