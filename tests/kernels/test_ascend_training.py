@@ -251,6 +251,26 @@ def test_bad_rows_are_refused(length, ids, packing, message):
         step_arrays([rows_of(ids)], config, length, 1.0, packing)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_hidden_token_is_seen_by_none(small, packing):
+    """As the cells of ``reference``, which leave it out: loss and gradients, and neither does its id matter."""
+    plain = plain_step(FULL, small)
+    step = ascend_step(plain, packed=packing)
+    a, b = texts((9, 7), plain.config.vocab_size)
+    rows = packed([[a, b]] if packing else [[a], [b]])
+    segments = rows.segments.copy()
+    segments[0, [0, 4]] = -2
+    batch = dataclasses.replace(rows, segments=segments)
+    result, other = step.evaluate(batch), plain.evaluate(batch)
+    assert result[1] == other[1] < step.evaluate(rows)[1]
+    assert abs(result[0] - other[0]) < 1e-4
+    changed = rows.ids.copy()
+    changed[0, [0, 4]] = (changed[0, [0, 4]] + 1) % plain.config.vocab_size
+    assert step.evaluate(dataclasses.replace(batch, ids=changed)) == result
+    result, other = step.step([batch], 1e-3), plain.step([batch], 1e-3)
+    assert abs(result.grad_norm / other.grad_norm - 1) < 1e-4
+
+
 def test_packed_rows_need_their_graph():
     with pytest.raises(TrainingError, match="without packing"):
         step_arrays([packed([[[1, 2], [3, 4]]])], open_config(), None, 1.0, False)

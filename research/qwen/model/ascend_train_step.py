@@ -44,7 +44,8 @@ def step_arrays(
 
     Without a ``length`` S is that of the longest batch. Where there are less than ``rows``, empty ones are added.
 
-    A token predicts the next one of the same text; ``share`` is what it counts where its label is not ignored.
+    A token predicts the next one of the same text; ``share`` is what it counts where its label is not ignored. Tokens
+    with a negative segment come last in their row.
     TrainingError for a row beyond ``length`` or an id outside the vocabulary.
     """
     length = length or max(batch.ids.shape[1] for batch in batches)
@@ -60,6 +61,11 @@ def step_arrays(
     )
     targets = np.where(learned, targets, 0).astype(np.int32)
     ids = np.where(segments >= 0, ids, 0).astype(np.int32)
+    # Hidden tokens go to the end of their row, where nothing looks back at them; the others keep their positions.
+    front = np.argsort(segments < 0, axis=1, kind="stable")
+    ids, targets, learned, positions, segments = (
+        np.take_along_axis(array, front, axis=1) for array in (ids, targets, learned, positions, segments)
+    )
     for what, values in (("token id", ids), ("label", targets)):
         if values.min() < 0 or values.max() >= config.vocab_size:
             bad = int(values[(values < 0) | (values >= config.vocab_size)][0])
