@@ -65,6 +65,7 @@ def test_host_names_are_checked_where_nothing_else_protects(line: str, checked: 
         ("--max-batch 0", "--max-batch must be at least 1, got 0"),
         ("--max-queue 0", "--max-queue"),
         ("--max-model-len 1", "--max-model-len"),
+        ("--stretch 1", "--stretch must be at least 1.1, got 1.0"),
         ("--grace -1", "--grace"),
         ("--grace nan", "--grace"),
         ("--max-body 0", "--max-body"),
@@ -105,10 +106,10 @@ def test_the_context_can_be_made_shorter_only(monkeypatch: pytest.MonkeyPatch) -
     asked: dict[str, object] = {}
     monkeypatch.setattr(serve, "load_engine", lambda args, **options: asked.update(options) or Loaded)
     monkeypatch.setattr("research.qwen.scheduler.Scheduler", lambda engine, **options: options)
-    line = "--max-model-len 50 --max-batch 3 --num-blocks 7 --max-queue 9".split()
+    line = "--max-model-len 50 --max-batch 3 --num-blocks 7 --max-queue 9 --stretch 3".split()
     engine, scheduler = load(build_parser().parse_args(line))
     assert engine.lm.max_length == 50
     assert asked == {"max_batch": 3, "prefill_chunk": 512, "num_blocks": 7}
-    assert scheduler == {"max_queue": 9}
+    assert scheduler == {"max_queue": 9, "stretch": 3.0}
     with pytest.raises(ConfigError, match="--max-model-len is 51, the model has 50"):
         load(build_parser().parse_args(["--max-model-len", "51"]))

@@ -81,6 +81,14 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     ):
         group.add_argument(name, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     group.add_argument(
+        "--stretch",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="how long a step that also reads a prompt may take, in steps that only decode (default: 2); with more, "
+        "prompts are read sooner, and answers beside them come in larger jerks",
+    )
+    group.add_argument(
         "--max-model-len", type=int, metavar="N", help="tokens of the context (default: the model's)"
     )
     group.add_argument("--num-blocks", type=int, metavar="N", help="blocks of 16 tokens in the KV cache")
@@ -156,8 +164,15 @@ def _serve(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """ConfigError for a number that makes no sense."""
-    least = {"max_batch": 1, "max_queue": 1, "prefill_chunk": 1, "max_model_len": 2, "num_blocks": 1}
-    for name, low in {**least, "default_max_tokens": 1, "max_body": 0.001, "grace": 0.0, "ping": 0.0}.items():
+    least: dict[str, float] = {
+        "max_batch": 1,
+        "max_queue": 1,
+        "prefill_chunk": 1,
+        "max_model_len": 2,
+        "num_blocks": 1,
+    }
+    least |= {"default_max_tokens": 1, "max_body": 0.001, "grace": 0.0, "ping": 0.0, "stretch": 1.1}
+    for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not value >= low:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
@@ -207,7 +222,7 @@ def load(args: argparse.Namespace) -> tuple[Engine, Scheduler]:
                 f"--max-model-len is {args.max_model_len}, the model has {engine.lm.max_length}"
             )
         engine.lm.max_length = args.max_model_len
-    return engine, Scheduler(engine, max_queue=args.max_queue)
+    return engine, Scheduler(engine, max_queue=args.max_queue, stretch=args.stretch)
 
 
 def is_loopback(host: str) -> bool:
