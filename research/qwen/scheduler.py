@@ -81,7 +81,7 @@ class Scheduler:
         *,
         max_queue: int = 256,
         mixed_chunk: int | None = None,
-        stretch: float = 2.0,
+        stretch: float = 1.75,
         warm_embeddings: bool = True,
     ):
         if max_queue < 1:

@@ -95,9 +95,22 @@ def test_a_machine_that_gets_slower_does_not_stop_the_prompt():
     pace = Pace(2.5)
     settle(pace, 4, 0.06, 0.001)
     before = pace.budget
-    slow = read(pace, 4, 0.6, 0.01, steps=80)
+    slow = read(pace, 4, 0.6, 0.01, steps=140)
     assert slow <= 2.5
     assert pace.budget == before
+
+
+def test_a_machine_that_gets_faster_is_known_from_the_next_plain_step_on():
+    """Not five plain steps later: by the old ones, steps could take thrice as long as plain ones do now."""
+    pace = Pace(2.0)
+    settle(pace, 4, 0.12, 0.012, steps=4 * REST + 3)
+    budget, stretches = pace.budget, []
+    for _ in range(2 * REST):
+        seconds = 0.06 + 0.006 * budget
+        stretches.append(seconds / 0.06)
+        budget = pace.note(4, budget, seconds)
+    assert max(stretches) <= 2.9
+    assert max(stretches[REST + 3 :]) <= 2.0
 
 
 def test_where_reading_at_all_costs_much_a_few_tokens_more_are_read():

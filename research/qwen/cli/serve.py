@@ -83,9 +83,9 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stretch",
         type=float,
-        default=2.0,
+        default=1.75,
         metavar="X",
-        help="how long a step that also reads a prompt may take, in steps that only decode (default: 2); with more, "
+        help="how long a step that also reads a prompt may take, in steps that only decode (default: 1.75); with more, "
         "prompts are read sooner, and answers beside them come in larger jerks",
     )
     group.add_argument(

@@ -30,6 +30,7 @@ class Pace:
     - Every ninth step reads nothing: when something else begins to use the machine, or the answers get long, all steps
       get longer, and a stale idea of a plain step would let a prompt crawl. The step after it reads another number of
       tokens, so that there is a line.
+      Between two of them the budget grows by half at most, as a machine that gets faster makes tokens look free.
     - What lies in the cache before a prompt counts, too: so a prompt that comes after plain steps begins with ``start``
       tokens, and the budget grows slowly.
     """
@@ -40,6 +41,7 @@ class Pace:
         # Tokens, and seconds beyond a plain step.
         self._read: deque[tuple[int, float]] = deque(maxlen=_READING_STEPS)
         self._steps, self._resting = 0, False
+        self._limit = float(LARGEST)  # until the next plain step
 
     def note(self, decoding: int, reading: int, seconds: float) -> int:
         """A step computed ``decoding`` single tokens and ``reading`` of prompts; the budget of the next one, or 0."""
@@ -51,7 +53,9 @@ class Pace:
         elif decoding:
             self._plain.setdefault(decoding, deque(maxlen=_PLAIN_STEPS)).append(seconds)
             probe = self._resting
+            self._limit = _GROWTH * self.budget
             if not self._resting:
+                self._limit = LARGEST
                 self._read.clear()
                 self._steps = 0
                 self.budget = _whole_groups(decoding, self.start)
@@ -74,7 +78,7 @@ class Pace:
         allowed = max((self.stretch - 1) * plain, (1 + _TOKENS_SHARE) * _beginning(list(self._read)))
         # As if all were the tokens' cost: that comes nearer with every step, and never goes beyond.
         token = median(spent / tokens for tokens, spent in list(self._read)[-_LAST:])
-        wanted = min(allowed / max(token, 1e-9), _GROWTH * self.budget, LARGEST)
+        wanted = min(allowed / max(token, 1e-9), _GROWTH * self.budget, self._limit, LARGEST)
         self.budget = _whole_groups(decoding, int(max(wanted, SMALLEST)))
 
     def _expected(self, decoding: int) -> float | None:
@@ -82,7 +86,8 @@ class Pace:
         if not self._plain:
             return None
         nearest = min(self._plain, key=lambda seen: (abs(seen - decoding), seen))
-        return median(self._plain[nearest])
+        steps = self._plain[nearest]
+        return min(median(steps), steps[-1])  # nothing makes a step too short: a short one is news
 
 
 def _beginning(steps: list[tuple[int, float]]) -> float:
