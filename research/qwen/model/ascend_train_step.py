@@ -63,9 +63,10 @@ def step_arrays(
     ids = np.where(segments >= 0, ids, 0).astype(np.int32)
     # Hidden tokens go to the end of their row, where nothing looks back at them; the others keep their positions.
     front = np.argsort(segments < 0, axis=1, kind="stable")
-    ids, targets, learned, positions, segments = (
-        np.take_along_axis(array, front, axis=1) for array in (ids, targets, learned, positions, segments)
+    ids, targets, positions, segments = (
+        np.take_along_axis(array, front, axis=1) for array in (ids, targets, positions, segments)
     )
+    learned = np.take_along_axis(learned, front, axis=1)
     for what, values in (("token id", ids), ("label", targets)):
         if values.min() < 0 or values.max() >= config.vocab_size:
             bad = int(values[(values < 0) | (values >= config.vocab_size)][0])
