@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from research.qwen.answers import Sink, Stats, Ticket
 from research.qwen.decode.loop import Processors
-from research.qwen.decode.pace import Pace
+from research.qwen.decode.pace import STRETCH, Pace
 from research.qwen.decode.params import SamplingParams
 from research.qwen.engine import Engine
 from research.qwen.errors import BusyError, ClosedError, RequestError
@@ -81,7 +81,7 @@ class Scheduler:
         *,
         max_queue: int = 256,
         mixed_chunk: int | None = None,
-        stretch: float = 1.75,
+        stretch: float = STRETCH,
         warm_embeddings: bool = True,
     ):
         if max_queue < 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research.qwen.cli.common import adapters_from, add_model_options, load_engine
+from research.qwen.decode.pace import STRETCH
 from research.qwen.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,10 +84,10 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stretch",
         type=float,
-        default=1.75,
+        default=STRETCH,
         metavar="X",
-        help="how long a step that also reads a prompt may take, in steps that only decode (default: 1.75); with more, "
-        "prompts are read sooner, and answers beside them come in larger jerks",
+        help="how long a step that also reads a prompt may take, in steps that only decode (default: %(default)s); "
+        "with more, prompts are read sooner, and answers beside them come in larger jerks",
     )
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="tokens of the context (default: the model's)"
@@ -170,8 +171,12 @@ def check(args: argparse.Namespace) -> None:
         "prefill_chunk": 1,
         "max_model_len": 2,
         "num_blocks": 1,
+        "default_max_tokens": 1,
+        "max_body": 0.001,
+        "grace": 0.0,
+        "ping": 0.0,
+        "stretch": 1.1,
     }
-    least |= {"default_max_tokens": 1, "max_body": 0.001, "grace": 0.0, "ping": 0.0, "stretch": 1.1}
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and not value >= low:

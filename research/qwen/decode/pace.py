@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
+STRETCH = 1.75  # by default
 SMALLEST, LARGEST = 4, 256
 ROWS = 16  # kernels compute rows in groups of as many: a group that is not full costs nearly what a full one does
 REST = 8  # reading steps between two that only decode
 _GROWTH = 1.5  # of the budget, from one step to the next
 _TOKENS_SHARE = 0.25  # of what reading at all costs, at least for the tokens
-_LAST, _PLAIN_STEPS, _READING_STEPS = (
-    3,
-    5,
-    12,
-)  # looked at; medians of them do not heed one that was disturbed
+# Steps that are looked at: medians of them do not heed one that was disturbed.
+_LAST, _PLAIN_STEPS, _READING_STEPS = 3, 5, 12
 
 
 class Pace:
@@ -45,24 +43,20 @@ class Pace:
 
     def note(self, decoding: int, reading: int, seconds: float) -> int:
         """A step computed ``decoding`` single tokens and ``reading`` of prompts; the budget of the next one, or 0."""
-        probe = False
         if decoding and reading:
             self._take(decoding, reading, seconds)
             self._steps += 1
             self._resting = self._steps % REST == 0
         elif decoding:
             self._plain.setdefault(decoding, deque(maxlen=_PLAIN_STEPS)).append(seconds)
-            probe = self._resting
-            self._limit = _GROWTH * self.budget
-            if not self._resting:
-                self._limit = LARGEST
-                self._read.clear()
-                self._steps = 0
-                self.budget = _whole_groups(decoding, self.start)
-            self._resting = False
-        if self._resting:
-            return 0
-        return self._other(decoding) if probe else self.budget
+            if self._resting:
+                self._resting = False
+                self._limit = _GROWTH * self.budget
+                return self._other(decoding)
+            self._limit, self._steps = LARGEST, 0
+            self._read.clear()
+            self.budget = _whole_groups(decoding, self.start)
+        return 0 if self._resting else self.budget
 
     def _other(self, decoding: int) -> int:
         """Another number of tokens, for the second point of a line; rather fewer than more."""
@@ -75,9 +69,10 @@ class Pace:
         if plain is None:
             return
         self._read.append((reading, max(seconds - plain, 0.0)))
-        allowed = max((self.stretch - 1) * plain, (1 + _TOKENS_SHARE) * _beginning(list(self._read)))
+        steps = list(self._read)
+        allowed = max((self.stretch - 1) * plain, (1 + _TOKENS_SHARE) * _beginning(steps))
         # As if all were the tokens' cost: that comes nearer with every step, and never goes beyond.
-        token = median(spent / tokens for tokens, spent in list(self._read)[-_LAST:])
+        token = median(spent / tokens for tokens, spent in steps[-_LAST:])
         wanted = min(allowed / max(token, 1e-9), _GROWTH * self.budget, self._limit, LARGEST)
         self.budget = _whole_groups(decoding, int(max(wanted, SMALLEST)))
 

@@ -100,9 +100,8 @@ class ProjectGrad(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.bias, self.trained, self.rank, self.scale = plan.bias, plan.trained, plan.rank, plan.scale
         self.dropout, self.at = plan.keep < 1.0, 2 if plan.bias else 1
-        self.nn = operator(
-            library, "QwenProduct", F32, F32
-        )  # MindSpore's is a third slower where b is a table
+        # MindSpore's is a third slower where b is a table.
+        self.nn = operator(library, "QwenProduct", F32, F32)
         self.nt, self.tn = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
         self.sum_rows = operator(library, "QwenSumRows", F32)
         self.drop = Dropped(library, plan.keep)
@@ -208,9 +207,8 @@ class HeadBackward(nn.Cell):  # type: ignore[misc]
         super().__init__()
         self.trained = trained
         self.norm, self.unnorm = Norm(library, eps), NormGrad(library, eps, plus=False)
-        self.nn = operator(
-            library, "QwenProduct", F32, F32
-        )  # MindSpore's is a third slower where b is a table
+        # MindSpore's is a third slower where b is a table.
+        self.nn = operator(library, "QwenProduct", F32, F32)
         self.nt, self.tn = ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
         self.loss = operator(library, "QwenCrossEntropy", F32, I32, F32)
 

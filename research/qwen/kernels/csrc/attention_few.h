@@ -12,8 +12,7 @@ constexpr int64_t kFew = 3 * kRows;  // beyond as many queries it pays to widen 
 // Scores of R queries from row `row` on, of the block's first `seen` keys and what lies beside them in the tile.
 template <class F, int R>
 INLINE void score_few(const Groups<F>& now, const Scratch& s, int64_t d, int64_t row, int64_t seen) {
-  constexpr int W = kRows * kWide / R;                                           // vectors of keys
-  constexpr int64_t kLine = 64 / (kGroup * static_cast<int64_t>(sizeof(typename F::T)));  // dimensions in a cache line
+  constexpr int W = kRows * kWide / R;  // vectors of keys
   const float* query = s.query + row * d;
   for (int64_t first = 0; first < seen; first += W * kLanes) {
     const typename F::T *keys[W], *values[W];
@@ -27,20 +26,12 @@ INLINE void score_few(const Groups<F>& now, const Scratch& s, int64_t d, int64_t
       V key[W];
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) {
-        if (row == 0 && i % kLine == 0 && w % kInGroup == 0) fetch(values[w] + i * kGroup);
+        if (row == 0 && i % kLine<F> == 0 && w % kInGroup == 0) fetch(values[w] + i * kGroup);
         key[w] = F::wide(keys[w] + i * kGroup);
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const V x = splat(query[r * d + i]);
-#pragma GCC unroll 8
-        for (int w = 0; w < W; ++w) sum[r][w] = fma(x, key[w], sum[r][w]);
-      }
+      add_products(query + i, d, key, sum);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) store(s.scores + (row + r) * kKeyBlock + first + w * kLanes, sum[r][w]);
+    store_tile(sum, s.scores + row * kKeyBlock + first, kKeyBlock);
   }
 }
 
@@ -52,10 +43,7 @@ INLINE void mix_few(const Groups<F>& now, const Groups<F>& next, const Scratch& 
   float* place = s.sum + (row / kRows * s.slabs + i / kSlab) * kRows * kSlab;
   const float* weights = s.scores + row * kKeyBlock;
   V sum[R][kWide];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int w = 0; w < kWide; ++w) sum[r][w] = load(place + r * kSlab + w * kLanes) * splat(s.factor[row + r]);
+  load_tile(place, kSlab, s.factor + row, sum);
   for (int64_t j = 0; j < seen; ++j) {
     const auto* value = now.values[j / kGroup] + j % kGroup * d + i;
     if (row == 0)  // the next block's keys, from all its groups in turn, in equal shares over slabs and keys
@@ -69,17 +57,9 @@ INLINE void mix_few(const Groups<F>& now, const Groups<F>& next, const Scratch& 
              : left > 0              ? F::wide_part(value + w * kLanes, left)
                                      : V{};
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const V x = splat(weights[r * kKeyBlock + j]);
-#pragma GCC unroll 8
-      for (int w = 0; w < kWide; ++w) sum[r][w] = fma(x, v[w], sum[r][w]);
-    }
+    add_products(weights + j, kKeyBlock, v, sum);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int w = 0; w < kWide; ++w) store(place + r * kSlab + w * kLanes, sum[r][w]);
+  store_tile(sum, place, kSlab);
 }
 
 // The values of all slabs for one tile.

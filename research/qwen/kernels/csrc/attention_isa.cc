@@ -55,37 +55,22 @@ INLINE void multiply(const float* left, int64_t left_step, const float* right, i
     V b[kWide];
 #pragma GCC unroll 8
     for (int g = 0; g < kWide; ++g) b[g] = load(right + i * kSlab + g * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const V x = splat(left[r * left_step + i]);
-#pragma GCC unroll 8
-      for (int g = 0; g < kWide; ++g) sum[r][g] = fma(x, b[g], sum[r][g]);
-    }
+    add_products(left + i, left_step, b, sum);
   }
 }
 
 static void score_tile(const Scratch& s, int64_t d, int64_t tile, int64_t key) {
   V sum[kRows][kWide] = {};
   multiply(s.query + tile * kRows * d, d, s.keys + key * d, d, sum);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int g = 0; g < kWide; ++g) store(s.scores + (tile * kRows + r) * kKeyBlock + key + g * kLanes, sum[r][g]);
+  store_tile(sum, s.scores + tile * kRows * kKeyBlock + key, kKeyBlock);
 }
 
 static void value_tile(const Scratch& s, int64_t tile, int64_t slab, int64_t keys) {
   float* place = s.sum + (tile * s.slabs + slab) * kRows * kSlab;
   V sum[kRows][kWide];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int g = 0; g < kWide; ++g)
-      sum[r][g] = load(place + r * kSlab + g * kLanes) * splat(s.factor[tile * kRows + r]);
+  load_tile(place, kSlab, s.factor + tile * kRows, sum);
   multiply(s.scores + tile * kRows * kKeyBlock, kKeyBlock, s.values + slab * kKeyBlock * kSlab, keys, sum);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int g = 0; g < kWide; ++g) store(place + r * kSlab + g * kLanes, sum[r][g]);
+  store_tile(sum, place, kSlab);
 }
 
 // One block of keys for all queries. Tiles skip what none of their queries sees.

@@ -6,6 +6,10 @@ namespace {
 
 INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// Dimensions of a group of keys in a cache line.
+template <class F>
+constexpr int64_t kLine = 64 / (kGroup * static_cast<int64_t>(sizeof(typename F::T)));
+
 // Cached keys and values of one block of keys, by groups; groups behind the last key repeat the last.
 template <class F>
 struct Groups {
@@ -36,7 +40,6 @@ INLINE void read_scales(const AttentionArgs& a, const Groups<F>& now, const Scra
 // Scores of kDirect groups of keys from group g on; their values are fetched meanwhile, which lie in runs as long.
 template <class F>
 INLINE void score_one(const Groups<F>& now, int g, const float* query, int64_t d, float* scores) {
-  constexpr int64_t kLine = 64 / (kGroup * static_cast<int64_t>(sizeof(typename F::T)));  // dimensions in a cache line
   V sum[kDirect][kInGroup] = {};
   const auto step = [&](int64_t i) {
     const V x = splat(query[i]);
@@ -47,11 +50,11 @@ INLINE void score_one(const Groups<F>& now, int g, const float* query, int64_t d
         sum[n][v] = fma(x, F::wide(now.keys[g + n] + i * kGroup + v * kLanes), sum[n][v]);
   };
   int64_t i = 0;
-  for (; i + kLine <= d; i += kLine) {
+  for (; i + kLine<F> <= d; i += kLine<F>) {
 #pragma GCC unroll 8
     for (int n = 0; n < kDirect; ++n) fetch(now.values[g + n] + i * kGroup);
 #pragma GCC unroll 8
-    for (int64_t n = 0; n < kLine; ++n) step(i + n);
+    for (int64_t n = 0; n < kLine<F>; ++n) step(i + n);
   }
   for (; i < d; ++i) step(i);
 #pragma GCC unroll 8

@@ -60,6 +60,32 @@ static Scratch carve(float* p, int64_t d) {
   return s;
 }
 
+// sum[r] += left[r * step] * right, for the rows of a register tile.
+template <int R, int W>
+INLINE void add_products(const float* left, int64_t step, const V (&right)[W], V (&sum)[R][W]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const V x = splat(left[r * step]);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) sum[r][w] = fma(x, right[w], sum[r][w]);
+  }
+}
+// A tile to rows of `step` floats, and back with a factor for each row.
+template <int R, int W>
+INLINE void store_tile(const V (&sum)[R][W], float* to, int64_t step) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) store(to + r * step + w * kLanes, sum[r][w]);
+}
+template <int R, int W>
+INLINE void load_tile(const float* from, int64_t step, const float* factor, V (&sum)[R][W]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) sum[r][w] = load(from + r * step + w * kLanes) * splat(factor[r]);
+}
+
 // Highest score of the first `seen` keys of a row (and `peak`); surplus scores become -inf.
 template <class F>
 INLINE float highest(float* p, const float* key_scale, float peak, int64_t seen) {
